@@ -1,0 +1,78 @@
+# Each of demo, test and lint works as the first command on a machine with Python >= 3.11 and make:
+# it makes .venv if there is none, and installs what it needs there.
+
+# The interpreter to make .venv with: a version (3.13), a name (python3.13) or a path.
+# Empty: python3 if it is new enough, else the newest one found. Ignored once .venv is there.
+PYTHON ?=
+VENV ?= .venv
+
+# The arguments of examples/gpt.py, for example: make demo DEMO_ARGS=--resume
+DEMO_ARGS ?= --overwrite
+# More arguments for pytest, for example: make test PYTEST_ARGS="-m slow -k sharding"
+PYTEST_ARGS ?=
+# Test processes. The default is one per core, and at most 8.
+TEST_JOBS ?= auto
+
+python := $(VENV)/bin/python
+
+# install EXTRA: the library, editable, with one of pyproject.toml's extras.
+define install
+	@echo "Installing scion_jax[$(1)] into $(VENV) (the first time takes a minute or two)"
+	@$(python) -m pip --version >/dev/null 2>&1 || $(python) -m ensurepip >/dev/null
+	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
+endef
+
+.PHONY: help demo test lint clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo    train a small GPT with Scion on text that this machine has (under 4 minutes)"
+	@echo "make test    run the tests (but the slow ones: PYTEST_ARGS='-m slow')"
+	@echo "make lint    ruff check, ruff format --check, pyright"
+	@echo "make clean   remove the virtual environments, caches and build outputs"
+	@echo
+	@echo "PYTHON=3.12 (or a name, or a path) chooses the interpreter that .venv is made with."
+
+demo: $(VENV)/.installed-examples
+	@$(python) examples/gpt.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test
+	@$(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	@echo "ruff check"
+	@$(python) -m ruff check .
+	@echo "ruff format --check"
+	@$(python) -m ruff format --check .
+	@echo "pyright"
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(python) -m pyright --pythonpath $(python)
+
+# Remade when an interrupted run left no interpreter, or one whose target is gone.
+$(python):
+	@interpreter=$$(.ci/find-python "$(PYTHON)") && \
+	echo "Making $(VENV) with $$interpreter" && \
+	rm -f "$(VENV)"/bin/python* && \
+	"$$interpreter" -m venv "$(VENV)"
+
+# Stamps. Each extra contains the one before, so installing it settles that one too.
+# They say nothing once the interpreter is gone.
+stamps := $(addprefix $(VENV)/.installed-,examples test dev)
+ifneq ($(shell test -x $(python) && echo yes),yes)
+.PHONY: $(stamps)
+endif
+
+$(VENV)/.installed-examples: pyproject.toml | $(python)
+	$(call install,examples)
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(python)
+	$(call install,test)
+	@touch $(VENV)/.installed-examples $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(python)
+	$(call install,dev)
+	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
+
+clean:
+	@rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
