@@ -1,0 +1,29 @@
+"""Optimizers based on linear minimization oracles over norm balls, for JAX and Optax.
+
+[S] Pethick et al., *Training Deep Learning Models with Norm-Constrained LMOs*, ICML 2025,
+arXiv:2502.07529.
+"""
+
+from scion_jax.activations import scaled_gelu as scaled_gelu
+from scion_jax.activations import scaled_relu as scaled_relu
+from scion_jax.activations import scaled_relu_squared as scaled_relu_squared
+from scion_jax.initialization import init_params as init_params
+from scion_jax.norms import Auto as Auto
+from scion_jax.norms import BiasRMS as BiasRMS
+from scion_jax.norms import ColNorm as ColNorm
+from scion_jax.norms import Euclidean as Euclidean
+from scion_jax.norms import Norm as Norm
+from scion_jax.norms import RowNorm as RowNorm
+from scion_jax.norms import Sign as Sign
+from scion_jax.norms import Spectral as Spectral
+from scion_jax.norms import SpectralConv as SpectralConv
+from scion_jax.optimizers import scion as scion
+from scion_jax.optimizers import unconstrained_scion as unconstrained_scion
+from scion_jax.orthogonalize import ExactPolar as ExactPolar
+from scion_jax.orthogonalize import NewtonSchulz as NewtonSchulz
+from scion_jax.orthogonalize import orthogonalize as orthogonalize
+from scion_jax.routing import label_by_path as label_by_path
+from scion_jax.transforms import average_gradients as average_gradients
+from scion_jax.transforms import scale_by_lmo as scale_by_lmo
+
+__version__ = "0.1.0"

@@ -1,0 +1,89 @@
+"""The Euclidean norms: of all entries, by their root mean square or by their length."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from scion_jax import numerics
+from scion_jax.layout import Axes
+from scion_jax.norms.base import Norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BiasRMS(Norm):
+    """The root mean square over all but the batch axes: for biases and norm gains.
+
+        ‖x‖ = RMS(x),    lmo(d) = radius · d / RMS(d)
+
+    Attributes:
+        radius: Radius of the ball.
+        layout: One letter per array axis; see `Norm`. A stack of biases is `bo`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> BiasRMS().lmo(jnp.array([3.0, 3.0, -3.0, 3.0]))
+        Array([ 1.,  1., -1.,  1.], dtype=float32)
+
+    Source: [S] Pethick et al., arXiv:2502.07529, Table 2.
+    """
+
+    def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:
+        """Computes `d / RMS(d)`."""
+        return _root_size(axes) * numerics.normalize(d, axes.matrix)
+
+    def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Computes the root mean square."""
+        return numerics.vector_norm(x, axes.matrix) / _root_size(axes)
+
+    def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
+        """Computes the length, times the root of the number of entries."""
+        return numerics.vector_norm(d, axes.matrix) * _root_size(axes)
+
+    def unit_init(self, key: jax.Array, axes: Axes) -> jax.Array:
+        """Returns zeros."""
+        del key
+        return jnp.zeros(axes.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Euclidean(Norm):
+    """The Euclidean (Frobenius) norm over all but the batch axes.
+
+        ‖x‖ = ‖x‖_F,    lmo(d) = radius · d / ‖d‖_F
+
+    Attributes:
+        radius: Radius of the ball.
+        layout: One letter per array axis; see `Norm`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> Euclidean(radius=5.0).lmo(jnp.array([[0.3, 0.0], [0.0, 0.4]]))
+        Array([[3., 0.],
+               [0., 4.]], dtype=float32)
+
+    Source: [S] Pethick et al., arXiv:2502.07529, Sec. 2 (normalized SGD).
+    """
+
+    def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:
+        """Computes `d / ‖d‖_F`."""
+        return numerics.normalize(d, axes.matrix)
+
+    def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Computes the length."""
+        return numerics.vector_norm(x, axes.matrix)
+
+    def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
+        """Computes the length: this norm is its own dual."""
+        return numerics.vector_norm(d, axes.matrix)
+
+    def unit_init(self, key: jax.Array, axes: Axes) -> jax.Array:
+        """Draws a direction, uniformly."""
+        return self.unit_lmo(jax.random.normal(key, axes.shape), axes)
+
+
+def _root_size(axes: Axes) -> float:
+    return math.sqrt(max(math.prod(axes.shape[axis] for axis in axes.matrix), 1))

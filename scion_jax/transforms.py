@@ -1,0 +1,212 @@
+"""The stages that optimizers are made of, each an Optax gradient transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from scion_jax.norms import Norm
+from scion_jax.numerics import widest
+from scion_jax.routing import Norms, check_norms, labels_of, leaf_path
+
+
+class AverageGradientsState(NamedTuple):
+    """State of `average_gradients`.
+
+    Attributes:
+        count: Number of updates made, int32.
+        average: The average `d`, like the parameters.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    average: Any
+
+
+def average_gradients(
+    momentum: optax.ScalarOrSchedule, dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces gradients by their exponential average.
+
+        d_k = (1 − α) d_{k−1} + α g_k,    d_0 = 0
+
+    Args:
+        momentum: α, in (0, 1]: one minus the usual momentum, so 0.1 here is 0.9 elsewhere. A
+            schedule receives the number of updates made, 0 at the first call.
+        dtype: Dtype of the stored average; None means the parameters'.
+
+    Returns:
+        A transformation; its updates have the wider one of the gradients' dtype and `dtype`. The
+        average is taken in at least float32.
+
+    Raises:
+        TypeError: If `dtype` is not floating.
+        ValueError: If a constant `momentum` is not in (0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> average = average_gradients(0.5)
+        >>> state = average.init(jnp.zeros(2))
+        >>> average.update(jnp.array([4.0, -2.0]), state)[0]
+        Array([ 2., -1.], dtype=float32)
+
+    Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 and 2.
+    """
+    if isinstance(momentum, int | float) and not 0 < momentum <= 1:
+        raise ValueError(
+            f"momentum must be in (0, 1]: it is 1 minus the usual momentum; got {momentum}"
+        )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"momentum_dtype must be a floating dtype; got {jnp.dtype(dtype)}")
+
+    def init(params: Any) -> AverageGradientsState:
+        average = optax.tree.zeros_like(params, dtype=dtype)
+        return AverageGradientsState(jnp.zeros([], jnp.int32), average)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, AverageGradientsState]:
+        del params, extra_args
+        alpha = momentum(state.count) if callable(momentum) else momentum
+
+        def blend(g: jax.Array, d: jax.Array) -> jax.Array:
+            compute = widest(g.dtype, d.dtype, jnp.float32)
+            a = jnp.asarray(alpha, compute)
+            return (1 - a) * d.astype(compute) + a * g.astype(compute)
+
+        average = jax.tree.map(blend, updates, state.average)
+        stored = jax.tree.map(lambda new, d: new.astype(d.dtype), average, state.average)
+        emitted = jax.tree.map(
+            lambda new, g, d: new.astype(widest(g.dtype, d.dtype)),
+            average,
+            updates,
+            state.average,
+        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return emitted, AverageGradientsState(count, stored)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_lmo(norm: Norm) -> optax.GradientTransformationExtraArgs:
+    """Replaces every leaf by the LMO of a norm ball.
+
+        v = lmo(d) = radius · argmax_{‖x‖ ≤ 1} ⟨d, x⟩
+
+    Sign convention: this is the maximizer, the negative of the papers' `lmo`, so that Optax's
+    learning-rate stage flips the sign.
+
+    Args:
+        norm: The norm, one for all leaves; route several with `optax.multi_transform`.
+
+    Returns:
+        A stateless transformation. Its updates have the parameters' dtype if parameters are given,
+        else the dtype of what comes in.
+
+    Raises:
+        TypeError: If `norm` is not a norm; at `init` or `update`, if a leaf is not floating.
+        ValueError: At `init` or `update`, if a leaf does not fit the layout; the message names it.
+
+    Example:
+        >>> import jax.numpy as jnp, scion_jax
+        >>> lmo = scale_by_lmo(scion_jax.Sign(normalized=False))
+        >>> params = {"w": jnp.zeros((1, 2))}
+        >>> lmo.update({"w": jnp.array([[3.0, -0.1]])}, lmo.init(params), params)[0]
+        {'w': Array([[ 1., -1.]], dtype=float32)}
+
+    Source: [S] Pethick et al., arXiv:2502.07529, Eq. 2.
+    """
+    if not isinstance(norm, Norm):
+        raise TypeError(f"scale_by_lmo needs a Norm such as Spectral(50.0); got {norm}")
+
+    def check(tree: Any) -> None:
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            norm.check(leaf, leaf_path(keys))
+
+    def init(params: Any) -> optax.EmptyState:
+        check(params)
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del extra_args
+        check(updates)
+        leaves, structure = jax.tree.flatten(updates)
+        directions = jax.tree.unflatten(structure, norm.lmo_leaves(leaves))
+        if params is not None:
+            directions = jax.tree.map(lambda v, p: v.astype(p.dtype), directions, params)
+        return directions, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_lmos(norms: Norms, param_labels: Any = None) -> optax.GradientTransformationExtraArgs:
+    """Replaces every leaf by the LMO of its own norm: `scale_by_lmo`, routed by labels.
+
+    Args:
+        norms: One norm, or a mapping from labels to norms.
+        param_labels: A tree or prefix of labels, or a function from the tree to one, as in
+            `optax.multi_transform`; None with a single norm.
+
+    Returns:
+        A stateless transformation.
+
+    Raises:
+        TypeError: If `norms` is neither a norm nor a mapping to norms.
+        ValueError: If norms and labels do not belong together; at `init` or `update`, if a label
+            has no norm.
+    """
+    check_norms(norms, param_labels)
+    if isinstance(norms, Norm):
+        return scale_by_lmo(norms)
+    table: Mapping[Hashable, Norm] = dict(norms)
+    return optax.multi_transform(
+        {label: scale_by_lmo(norm) for label, norm in table.items()},
+        lambda tree: labels_of(tree, table, param_labels),
+    )
+
+
+def decay_weights(weight_decay: ArrayLike) -> optax.GradientTransformation:
+    """Adds `μ x` to the updates.
+
+    Optax's `add_decayed_weights`, with μ cast to each parameter's dtype (Optax would promote the
+    updates to the dtype of a traced μ), and without a need for parameters if μ is plainly 0.
+
+    Args:
+        weight_decay: μ, at least 0; may be traced.
+
+    Returns:
+        A stateless transformation.
+
+    Raises:
+        ValueError: At `update`, without parameters unless μ is a Python zero.
+    """
+    add_weights = optax.add_decayed_weights(1.0)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if isinstance(weight_decay, int | float) and weight_decay == 0:
+            return updates, state
+        if params is not None:
+            params = jax.tree.map(lambda p: jnp.asarray(weight_decay, p.dtype) * p, params)
+        return add_weights.update(updates, state, params)
+
+    return optax.GradientTransformation(add_weights.init, update)
+
+
+def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Multiplies updates by `−γ`, cast to each leaf's dtype.
+
+    Optax's `scale_by_learning_rate`, always by way of a schedule: that path casts γ to the dtype
+    of each leaf, where the constant path would promote the leaf to the dtype of a traced γ.
+
+    Args:
+        learning_rate: γ; a schedule receives the number of updates made, 0 at the first call.
+
+    Returns:
+        A transformation whose state counts the updates.
+    """
+    schedule = learning_rate if callable(learning_rate) else lambda count: learning_rate
+    return optax.scale_by_learning_rate(schedule)

@@ -1,0 +1,128 @@
+"""Coefficients: their published values, their bounds, and where the default ones come from."""
+
+import numpy as np
+import pytest
+
+from scion_jax import NewtonSchulz
+from scion_jax.coefficients import feasible, image, resolve, with_safety
+
+pytestmark = pytest.mark.fast
+
+SIGMA = np.concatenate([[0.0], np.logspace(-6, 0, 200_001)])
+
+
+def compose(rows, sigma):
+    for a, b, c in rows:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    return sigma
+
+
+def greedy_minimax(lowest, steps, safety):
+    """Amsel et al., Algorithm 1: each step is the best quintic for what the last ones left.
+
+    The best odd quintic on [l, u] errs by ±E at l, at two critical points, and at u; solving for
+    those points in turn (Remez) converges in a few rounds.
+    """
+    low, high, rows = lowest, 1.0, []
+    for step in range(steps):
+        u = high * (safety if step < steps - 1 else 1.0)
+        q, r = (3 * low + u) / 4, (low + 3 * u) / 4
+        for _ in range(100):
+            points = np.array([low, q, r, u])
+            signs = np.array([1.0, -1.0, 1.0, -1.0])
+            system = np.stack([points, points**3, points**5, signs], axis=1)
+            a, b, c, error = np.linalg.solve(system, np.ones(4))
+            q, r = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
+        rows.append((a, b, c))
+        low, high = 1 - abs(error), 1 + abs(error)
+    return rows
+
+
+@pytest.mark.parametrize("coefficients", ["minimax", "polar_express"])
+@pytest.mark.parametrize("steps", range(1, 10))
+def test_named_sets_are_feasible_at_any_number_of_steps(coefficients, steps):
+    values = compose(resolve(coefficients, steps), SIGMA)
+    assert values.max() <= 1 + 1e-12
+    assert values.min() >= 0
+
+
+def test_default_is_feasible_and_high():
+    values = compose(resolve(NewtonSchulz().coefficients, NewtonSchulz().steps), SIGMA)
+    assert NewtonSchulz().steps == 5
+    assert values.max() <= 1 + 1e-12
+    assert values[SIGMA >= 0.01].min() >= 0.7
+    assert values[SIGMA >= 0.005].min() >= 0.998
+
+
+def test_default_survives_rounding_past_one():
+    """Rounding in bfloat16 can lift a normalized singular value to about 1.01."""
+    sigma = np.linspace(1, 1.015, 1001)
+    assert compose(resolve("minimax", None), sigma).max() <= 1 + 1e-12
+
+
+def test_default_rows_follow_from_their_construction():
+    expected = feasible(greedy_minimax(5e-3, 5, 1.02))
+    np.testing.assert_allclose(resolve("minimax", 5), expected, rtol=1e-7)
+
+
+def test_polar_express_has_the_published_rows():
+    published = (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    )
+    np.testing.assert_allclose(resolve("polar_express", 5), feasible(with_safety(published, 1.01)))
+    assert 1.1 < compose(published, SIGMA).max() < 1.15
+
+
+def test_quintic_is_raw():
+    assert resolve("quintic", 7) == ((3.4445, -4.7750, 2.0315),) * 7
+    assert compose(resolve("quintic", 5), SIGMA).max() == pytest.approx(1.202, abs=1e-3)
+
+
+def test_more_steps_converge_to_one():
+    values = compose(resolve("minimax", 8), SIGMA)
+    assert values[SIGMA >= 0.005].min() >= 1 - 1e-9
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(3.4445, -4.7750, 2.0315)] * 3,
+        [(8.0, -24.0, 17.5), (1.5, -0.5, 0.0)],
+        [(1.0, 0.0, 0.0)],
+        [(-2.0, 1.0, 0.0), (0.5, 0.0, -3.0)],
+    ],
+)
+def test_image_is_exact(rows):
+    values = compose(rows, SIGMA)
+    np.testing.assert_allclose(image(rows), (values.min(), values.max()), rtol=1e-6, atol=1e-9)
+    assert np.abs(compose(feasible(rows), SIGMA)).max() <= 1 + 1e-12
+
+
+def test_a_given_sequence():
+    rows = [(2.0, -1.0, 0.0), (1.5, -0.5, 0.0)]
+    assert resolve(rows, None) == tuple(rows)
+    assert resolve(rows, 1) == (rows[0],)
+    assert resolve(rows, 4) == (rows[0], rows[1], rows[1], rows[1])
+    assert NewtonSchulz(rows).steps == 2
+    assert hash(NewtonSchulz(rows)) == hash(NewtonSchulz(tuple(rows)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"coefficients": "quartic"}, ValueError, "unknown coefficients 'quartic'"),
+        ({"coefficients": []}, ValueError, "at least one step"),
+        ({"coefficients": [(1.0, 2.0)]}, TypeError, "one per step"),
+        ({"coefficients": 3.0}, TypeError, "one per step"),
+        ({"steps": 0}, ValueError, "at least 1"),
+        ({"steps": 2.5}, TypeError, "whole number"),
+        ({"compute_dtype": "int32"}, TypeError, "floating dtype"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        NewtonSchulz(**arguments)
