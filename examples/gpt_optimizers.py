@@ -1,0 +1,161 @@
+"""The optimizers that ``--optimizer`` chooses from, and the norm of every layer.
+
+To add one, write a function from a `Recipe` to an Optax transformation and register it below.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from gpt_settings import Settings
+from scion_jax import (
+    ColNorm,
+    Norm,
+    Sign,
+    Spectral,
+    init_params,
+    label_by_path,
+    scion,
+    unconstrained_scion,
+)
+
+DECAYED_PART = 0.285  # of all steps, at the end, as in the published nanoGPT runs
+
+# The role of each matrix by its path; the first pattern that matches decides.
+param_labels = label_by_path([("^embedding", "embedding"), ("^head", "head"), ("", "hidden")])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an optimizer is built from.
+
+    Attributes:
+        schedule: The learning rate by step.
+        norms: The norm of each label (scion family).
+        settings: The momentum and the weight decay among others.
+    """
+
+    schedule: optax.Schedule
+    norms: Mapping[str, Norm]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An entry of `OPTIMIZERS`.
+
+    Attributes:
+        build: Makes the transformation.
+        starts_on_ball: Whether `init_params` gives the initial parameters, rather than Flax.
+        defaults: Values of flags that suit the optimizer in the default run.
+    """
+
+    build: Callable[[Recipe], optax.GradientTransformation]
+    starts_on_ball: bool
+    defaults: Mapping[str, float]
+
+
+def _scion(recipe: Recipe) -> optax.GradientTransformation:
+    momentum = recipe.settings.momentum
+    return scion(recipe.schedule, recipe.norms, param_labels, momentum=momentum)
+
+
+def _unconstrained_scion(recipe: Recipe) -> optax.GradientTransformation:
+    return unconstrained_scion(
+        recipe.schedule,
+        recipe.norms,
+        param_labels,
+        momentum=recipe.settings.momentum,
+        weight_decay=recipe.settings.weight_decay,
+    )
+
+
+def _adamw(recipe: Recipe) -> optax.GradientTransformation:
+    return optax.adamw(recipe.schedule, b2=0.95, weight_decay=recipe.settings.weight_decay)
+
+
+def _muon(recipe: Recipe) -> optax.GradientTransformation:
+    """Muon on the hidden matrices, Adam with a smaller step on embedding and head."""
+
+    def dimension_numbers(params: optax.Params) -> Any:
+        return jax.tree.map(
+            lambda label: MuonDimensionNumbers() if label == "hidden" else None,
+            param_labels(params),
+        )
+
+    return muon(
+        recipe.schedule,
+        adam_learning_rate=lambda step: 0.15 * recipe.schedule(step),
+        weight_decay=recipe.settings.weight_decay,
+        muon_weight_dimension_numbers=dimension_numbers,
+    )
+
+
+# In the scion family, the learning rate times the radius is the step; a constrained optimizer needs
+# a radius that leaves the weights room to grow, hence a smaller learning rate.
+OPTIMIZERS: dict[str, Choice] = {
+    "scion": Choice(
+        _scion, True, {"learning_rate": 2**-8, "hidden_radius": 4.0, "head_radius": 64.0}
+    ),
+    "unconstrained_scion": Choice(
+        _unconstrained_scion,
+        True,
+        {"learning_rate": 2**-5, "hidden_radius": 0.5, "head_radius": 8.0},
+    ),
+    "adamw": Choice(_adamw, False, {"learning_rate": 0.004}),
+    "muon": Choice(_muon, False, {"learning_rate": 0.02}),
+}
+
+
+def layer_norms(settings: Settings) -> dict[str, Norm]:
+    """Returns the published norm of each label, for tied or untied embeddings.
+
+    A token is a one-hot input, so an untied embedding has the column norm. A tied one is a head
+    first of all and has the head's norm; as its table lists the vocabulary first, its layout is
+    that of a matrix from width (``i``) to vocabulary (``o``). A head of its own starts at zero, so
+    that the first predictions are uniform.
+    """
+    hidden = Spectral(settings.hidden_radius)
+    if settings.tied:
+        return {"embedding": Sign(settings.head_radius, layout="oi"), "hidden": hidden}
+    return {
+        "embedding": ColNorm(settings.embedding_radius),
+        "hidden": hidden,
+        "head": Sign(settings.head_radius, zero_init=True),
+    }
+
+
+def learning_rate_schedule(settings: Settings) -> optax.Schedule:
+    """Returns a constant learning rate with a linear decay to zero at the end, no warm-up."""
+    decayed = max(1, round(DECAYED_PART * settings.steps))
+    return optax.join_schedules(
+        [
+            optax.constant_schedule(settings.learning_rate),
+            optax.linear_schedule(settings.learning_rate, 0.0, decayed),
+        ],
+        boundaries=[settings.steps - decayed],
+    )
+
+
+def prepare(
+    settings: Settings, params: optax.Params
+) -> tuple[optax.GradientTransformation, optax.Params]:
+    """Makes the optimizer and the parameters it starts from.
+
+    Args:
+        settings: The run's settings.
+        params: The parameters as Flax initialized them.
+
+    Returns:
+        The optimizer and the initial parameters.
+    """
+    choice = OPTIMIZERS[settings.optimizer]
+    norms = layer_norms(settings)
+    optimizer = choice.build(Recipe(learning_rate_schedule(settings), norms, settings))
+    if choice.starts_on_ball:
+        params = init_params(jax.random.key(settings.seed), params, norms, param_labels)
+    return optimizer, params
