@@ -15,7 +15,7 @@ import jax
 
 from scion_jax.norms import Norm
 
-Norms = Norm | Mapping[Hashable, Norm]
+Norms = Norm | Mapping[Any, Norm]
 
 
 def leaf_path(keys: Sequence[Any]) -> str:

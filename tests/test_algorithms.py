@@ -1,0 +1,122 @@
+"""Every algorithm against a naive float64 restatement, written from its formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import naive
+import scion_jax
+from scion_jax import ExactPolar, scion, unconstrained_scion
+
+STEPS = 20
+
+# label: (norm, layout, radius, options, shape)
+LAYERS = {
+    "embedding": ("ColNorm", "io", 2.0, {}, (6, 4)),
+    "hidden": ("Spectral", "io", 3.0, {}, (4, 6)),
+    "pytorch": ("Spectral", "oi", 1.0, {"max": True}, (7, 5)),
+    "stacked": ("Spectral", "bio", 1.5, {"normalized": False}, (2, 4, 3)),
+    "conv": ("SpectralConv", "ssio", 8.0, {}, (3, 2, 2, 4)),
+    "gate": ("RowNorm", "io", 0.5, {}, (4, 3)),
+    "bias": ("BiasRMS", "o", 5.0, {}, (6,)),
+    "rest": ("Euclidean", "o", 2.0, {}, (3,)),
+    "head": ("Sign", "io", 30.0, {}, (4, 6)),
+}
+LABELS = {name: name for name in LAYERS}
+
+
+def gamma(k):
+    return 0.2 / (k + 2)
+
+
+def alpha(k):
+    return 1 / np.sqrt(k + 1)
+
+
+def scheduled(function):
+    """The same formula for a traced count."""
+    return lambda count: jnp.asarray(np.array([function(k) for k in range(STEPS)]))[count]
+
+
+def our_norms():
+    norms = {}
+    for label, (name, layout, radius, options, _) in LAYERS.items():
+        exact = {"orthogonalizer": ExactPolar()} if name.startswith("Spectral") else {}
+        norms[label] = getattr(scion_jax, name)(radius, layout=layout, **options, **exact)
+    return norms
+
+
+def lmo(d):
+    return {
+        label: naive.lmo(name, d[label], layout, radius, **options)
+        for label, (name, layout, radius, options, _) in LAYERS.items()
+    }
+
+
+def combine(function, *trees):
+    return {label: function(*(tree[label] for tree in trees)) for label in LAYERS}
+
+
+def zeros():
+    return {label: np.zeros(layer[-1]) for label, layer in LAYERS.items()}
+
+
+def gaussian(seed):
+    rng = np.random.default_rng(seed)
+    return {label: rng.standard_normal(layer[-1]) for label, layer in LAYERS.items()}
+
+
+def naive_scion(x, gradients):
+    d = zeros()
+    for k, g in enumerate(gradients):
+        d = combine(lambda d, g, k=k: (1 - alpha(k)) * d + alpha(k) * g, d, g)
+        x = combine(lambda x, v, k=k: (1 - gamma(k)) * x - gamma(k) * v, x, lmo(d))
+        yield x
+
+
+def naive_unconstrained_scion(x, gradients, weight_decay=0.0):
+    d = zeros()
+    for k, g in enumerate(gradients):
+        d = combine(lambda d, g, k=k: (1 - alpha(k)) * d + alpha(k) * g, d, g)
+        x = combine(lambda x, v, k=k: x - gamma(k) * (weight_decay * x + v), x, lmo(d))
+        yield x
+
+
+ALGORITHMS = {
+    "scion": (scion, naive_scion, {}),
+    "unconstrained_scion": (unconstrained_scion, naive_unconstrained_scion, {}),
+    "unconstrained_scion with decay": (
+        unconstrained_scion,
+        naive_unconstrained_scion,
+        {"weight_decay": 0.3},
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "restatement", "options"), ALGORITHMS.values(), ids=ALGORITHMS)
+def test_twenty_steps(x64, build, restatement, options):
+    optimizer = build(scheduled(gamma), our_norms(), LABELS, momentum=scheduled(alpha), **options)
+    gradients = [gaussian(seed) for seed in range(STEPS)]
+    params = jax.tree.map(jnp.asarray, gaussian(100))
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    expected = restatement(gaussian(100), gradients, **options)
+    for g, x in zip(gradients, expected, strict=True):
+        updates, state = update(jax.tree.map(jnp.asarray, g), state, params)
+        params = optax.apply_updates(params, updates)
+        for label in LAYERS:
+            np.testing.assert_allclose(params[label], x[label], rtol=1e-9, atol=1e-9)
+
+
+def test_weight_decay_of_one_is_scion(x64):
+    params = jax.tree.map(jnp.asarray, gaussian(0))
+    one = scion(0.1, our_norms(), LABELS)
+    other = unconstrained_scion(0.1, our_norms(), LABELS, weight_decay=1.0)
+    for a, b in zip(
+        jax.tree.leaves(one.update(params, one.init(params), params)[0]),
+        jax.tree.leaves(other.update(params, other.init(params), params)[0]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-12)

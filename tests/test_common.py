@@ -1,0 +1,453 @@
+"""The harness that every optimizer passes: what a user of Optax may do with any of them.
+
+To add an optimizer, add a row to `OPTIMIZERS`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from scion_jax import (
+    Auto,
+    BiasRMS,
+    ColNorm,
+    Euclidean,
+    RowNorm,
+    Sign,
+    Spectral,
+    label_by_path,
+    scion,
+    unconstrained_scion,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An optimizer, and what sets it apart.
+
+    Attributes:
+        build: Called as `build(learning_rate, norms, param_labels, **options)`.
+        options: Keyword arguments, every numeric one of which can be injected.
+        needs_params: Whether `update` needs the parameters.
+    """
+
+    build: Callable[..., optax.GradientTransformationExtraArgs]
+    options: Mapping[str, Any]
+    needs_params: bool
+
+
+OPTIMIZERS = {
+    "scion": Case(scion, {"momentum": 0.3}, True),
+    "unconstrained_scion": Case(unconstrained_scion, {"momentum": 0.3}, False),
+    "unconstrained_scion with decay": Case(
+        unconstrained_scion, {"momentum": 0.3, "weight_decay": 0.1}, True
+    ),
+}
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+NORMS = {
+    "embedding": ColNorm(),
+    "hidden": Spectral(3.0),
+    "stacked": Spectral(3.0, layout="bio"),
+    "head": Sign(30.0),
+    "gate": RowNorm(),
+    "bias": BiasRMS(),
+    "rest": Euclidean(2.0),
+}
+LABELS = label_by_path([(f"^{label}", label) for label in NORMS])
+
+every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def gaussian_tree(seed, dtype="float32"):
+    shapes = {
+        "embedding": (10, 4),
+        "hidden": [(4, 6), (6, 4), (4, 4)],
+        "stacked": (3, 4, 4),
+        "head": (4, 10),
+        "gate": (4, 2),
+        "bias": (6,),
+        "rest": (),
+        "rest_none": None,
+    }
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(0.3 * rng.standard_normal(shape), dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def build(case, learning_rate=0.05, norms=NORMS, labels=LABELS, **options):
+    return case.build(learning_rate, norms, labels, **{**case.options, **options})
+
+
+def run(optimizer, params, steps=3, jit=True):
+    """Makes a few steps on fixed gradients; returns the last updates, parameters and state."""
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    dtype = optax.tree.dtype(params, "highest")
+    state = optimizer.init(params)
+    updates = None
+    for k in range(steps):
+        gradients = gaussian_tree(100 + k, dtype)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return updates, params, state
+
+
+def types(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def assert_close(one, other, **tolerance):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), **tolerance
+        )
+
+
+close = functools.partial(assert_close, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.fast
+@every_optimizer
+def test_is_a_transformation_that_takes_extra_arguments(case):
+    optimizer = build(case)
+    assert isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    params = gaussian_tree(0)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(params, state, params, value=jnp.float32(1.0), loss_fn=None)
+    close(updates, optimizer.update(params, state, params)[0])
+
+
+@every_optimizer
+def test_params_are_needed_only_where_they_are_used(case):
+    optimizer = build(case)
+    params = gaussian_tree(0)
+    state = optimizer.init(params)
+    if case.needs_params:
+        with pytest.raises(ValueError, match=r"You are using a transformation that requires"):
+            optimizer.update(params, state)
+    else:
+        close(optimizer.update(params, state)[0], optimizer.update(params, state, params)[0])
+
+
+@pytest.mark.fast
+@every_optimizer
+def test_state_is_arrays_in_named_tuples(case):
+    state = build(case).init(gaussian_tree(0))
+    for leaf in jax.tree.leaves(state):
+        assert isinstance(leaf, jax.Array)
+
+
+@pytest.mark.fast
+@every_optimizer
+def test_compiles_once(case):
+    traces = []
+    optimizer = build(case, learning_rate=optax.linear_schedule(0.1, 0.0, 5))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, gradients):
+        traces.append(None)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = gaussian_tree(0)
+    state = jax.jit(optimizer.init)(params)
+    for k in range(3):
+        params, state = step(params, state, gaussian_tree(k))
+    assert len(traces) == step._cache_size() == 1
+
+
+@every_optimizer
+def test_jit_is_eager(case):
+    compiled, eager = (
+        run(build(case), gaussian_tree(0)),
+        run(build(case), gaussian_tree(0), jit=False),
+    )
+    for one, other in zip(compiled, eager, strict=True):
+        close(one, other)
+
+
+@pytest.mark.fast
+@every_optimizer
+def test_every_number_can_be_injected(case):
+    numbers = {k: v for k, v in case.options.items() if not isinstance(v, bool)}
+    injected = optax.inject_hyperparams(case.build, static_args=("param_labels",))(
+        0.05, NORMS, LABELS, **case.options
+    )
+    plain = run(build(case), gaussian_tree(0))
+    updates, params, state = run(injected, gaussian_tree(0))
+    close((updates, params), plain[:2])
+    assert {"learning_rate", *numbers} <= set(state.hyperparams)
+    # and they act: a new learning rate reaches the next update
+    state.hyperparams["learning_rate"] = jnp.float32(0.0)
+    zeros, _ = injected.update(updates, state, params)
+    assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(zeros))
+
+
+@every_optimizer
+def test_injected_float32_leaves_bfloat16_alone(case):
+    injected = optax.inject_hyperparams(
+        case.build, static_args=("param_labels",), hyperparam_dtype=jnp.float32
+    )(0.05, NORMS, LABELS, **case.options)
+    updates, _, _ = run(injected, gaussian_tree(0, "bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+
+
+@every_optimizer
+def test_a_constant_schedule_is_a_constant(case):
+    constant = optax.constant_schedule
+    scheduled = build(
+        case,
+        learning_rate=constant(0.05),
+        momentum=constant(case.options["momentum"]),
+    )
+    one, other = run(build(case), gaussian_tree(0)), run(scheduled, gaussian_tree(0))
+    assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_optimizer
+def test_dtypes_are_stable(x64, case, dtype):
+    params = gaussian_tree(0, dtype)
+    optimizer = build(case)
+    state = optimizer.init(params)
+    updates, after = optimizer.update(params, state, params)
+    assert types(updates) == types(params)
+    assert types(after) == types(state)
+
+    def skip_or_step(carry, skip):
+        params, state = carry
+
+        def step(params, state):
+            updates, state = optimizer.update(params, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.cond(skip, lambda p, s: (p, s), step, params, state), None
+
+    (params_after, state_after), _ = jax.lax.scan(
+        skip_or_step, (params, state), jnp.array([False, True, False])
+    )
+    assert types((params_after, state_after)) == types((params, state))
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params_after))
+
+
+@every_optimizer
+def test_mixed_dtypes_and_a_momentum_of_its_own(case):
+    params = gaussian_tree(0)
+    params["hidden"] = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["hidden"])
+    for momentum_dtype in (None, jnp.float32, jnp.bfloat16):
+        optimizer = build(case, momentum_dtype=momentum_dtype)
+        state = optimizer.init(params)
+        updates, after = optimizer.update(params, state, params)
+        assert types(updates) == types(params)
+        assert types(after) == types(state)
+        if momentum_dtype:
+            floats = [x.dtype for x in jax.tree.leaves(state) if x.ndim]
+            assert set(floats) == {jnp.dtype(momentum_dtype)}
+
+
+@jax.numpy_dtype_promotion("standard")  # MultiSteps itself divides by an integer
+@every_optimizer
+def test_multi_steps_is_the_mean_gradient(case):
+    params = gaussian_tree(0)
+    accumulated = optax.MultiSteps(build(case), every_k_schedule=2)
+    state = accumulated.init(params)
+    first, second = gaussian_tree(1), gaussian_tree(2)
+    nothing, state = accumulated.update(first, state, params)
+    assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(nothing))
+    updates, state = accumulated.update(second, state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+    close(updates, build(case).update(mean, build(case).init(params), params)[0])
+
+
+@every_optimizer
+def test_masked(case):
+    params = gaussian_tree(0)
+    mask = jax.tree.map(lambda _: False, params) | {"hidden": [True, False, True]}
+    optimizer = optax.masked(build(case), mask)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    whole, _ = build(case).update(params, build(case).init(params), params)
+    np.testing.assert_array_equal(updates["head"], params["head"])
+    np.testing.assert_array_equal(updates["hidden"][1], params["hidden"][1])
+    close(updates["hidden"][0], whole["hidden"][0])
+
+
+@every_optimizer
+def test_inside_multi_transform(case):
+    params = gaussian_tree(0)
+    labels = jax.tree.map(lambda _: "other", params) | {"hidden": "ours"}
+    optimizer = optax.multi_transform({"ours": build(case), "other": optax.sgd(1.0)}, labels)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    whole, _ = build(case).update(params, build(case).init(params), params)
+    close(updates["hidden"], whole["hidden"])
+    np.testing.assert_allclose(updates["head"], -params["head"])
+
+
+@every_optimizer
+def test_apply_if_finite(case):
+    params = gaussian_tree(0)
+    optimizer = optax.apply_if_finite(build(case), max_consecutive_errors=3)
+    state = optimizer.init(params)
+    bad = gaussian_tree(1)
+    bad["head"] = bad["head"].at[0, 0].set(jnp.nan)
+    updates, state = optimizer.update(bad, state, params)
+    assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(updates))
+    updates, state = optimizer.update(params, state, params)
+    close(updates, build(case).update(params, build(case).init(params), params)[0])
+
+
+@every_optimizer
+def test_clipping_the_gradient_first_changes_nothing_at_first(case):
+    """The LMO does not see the scale of the gradient."""
+    params = gaussian_tree(0)
+    optimizer = optax.chain(optax.clip_by_global_norm(1e-3), build(case))
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    close(updates, build(case).update(params, build(case).init(params), params)[0])
+
+
+@every_optimizer
+def test_map_params(case):
+    params = gaussian_tree(0)
+    optimizer = build(case)
+    mapped = optax.tree.map_params(
+        optimizer,
+        lambda leaf, name: f"{name}: {leaf.shape}",
+        optimizer.init(params),
+        jax.tree.map(lambda leaf: "param", params),
+        transform_non_params=lambda _: "other",
+    )
+    found = [leaf for leaf in jax.tree.leaves(mapped) if leaf.startswith("param")]
+    expected = [f"param: {leaf.shape}" for leaf in jax.tree.leaves(params)]
+    assert found == expected * (len(found) // len(expected)) != []
+
+
+@pytest.mark.fast
+@every_optimizer
+def test_eval_shape(case):
+    params = gaussian_tree(0)
+    optimizer = build(case)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    state = jax.eval_shape(optimizer.init, shapes)
+    assert types(state) == types(optimizer.init(params))
+    updates, after = jax.eval_shape(optimizer.update, shapes, state, shapes)
+    assert types(updates) == types(params)
+    assert types(after) == types(state)
+
+
+@every_optimizer
+def test_vmap_over_seeds(case):
+    optimizer = build(case)
+    trees = [gaussian_tree(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def step(params):
+        return optimizer.update(params, optimizer.init(params), params)
+
+    together = jax.vmap(step)(stacked)
+    for index, tree in enumerate(trees):
+        close(jax.tree.map(lambda leaf, i=index: leaf[i], together), step(tree))
+
+
+@pytest.mark.fast
+@every_optimizer
+def test_vmap_over_hyperparameters(case):
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)), jnp.float32)}
+
+    def step(radius, learning_rate):
+        optimizer = case.build(learning_rate, Spectral(radius), None, **case.options)
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    radii, rates = jnp.array([1.0, 50.0]), jnp.array([0.1, 0.01])
+    together = jax.vmap(step)(radii, rates)["w"]
+    for radius, rate, updates in zip(radii, rates, together, strict=True):
+        np.testing.assert_allclose(updates, step(float(radius), float(rate))["w"], rtol=1e-4)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("tree", [{}, {"none": None}, [], (), {"masked": optax.MaskedNode()}])
+@every_optimizer
+def test_empty_trees(case, tree):
+    optimizer = build(case)
+    updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+    assert updates == tree
+
+
+@every_optimizer
+def test_scalar_parameters(case):
+    optimizer = build(case, norms=Auto(), labels=None)
+    updates, _ = optimizer.update(jnp.float32(2.0), optimizer.init(jnp.float32(1.0)), jnp.ones(()))
+    assert updates.shape == ()
+    assert float(updates) < 0
+
+
+def quadratic(params):
+    return jnp.sum((params - jnp.array([0.5, -0.3])) ** 2)
+
+
+def rosenbrock(params):
+    x, y = params
+    return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+
+@pytest.mark.parametrize("norm", [Euclidean(2.0), BiasRMS(2.0), Sign(2.0, normalized=False)])
+@pytest.mark.parametrize(
+    ("objective", "solution", "start"),
+    [(quadratic, [0.5, -0.3], [-0.5, 0.8]), (rosenbrock, [1.0, 1.0], [-0.5, 0.5])],
+)
+@every_optimizer
+def test_converges(case, objective, solution, start, norm):
+    steps = 100_000
+    schedule = optax.linear_schedule(0.005, 0.0, steps)
+    optimizer = build(case, schedule, norm, None, momentum=0.1)
+
+    @jax.jit
+    def minimize(params):
+        def step(_, carry):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(objective)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
+
+    np.testing.assert_allclose(minimize(jnp.array(start)), solution, atol=2e-2)
+
+
+@pytest.mark.fast
+@every_optimizer
+def test_explicit_mesh(case):
+    """float16, batch axis first, split on the middle axis: a contraction is sharded."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    split = NamedSharding(mesh, PartitionSpec(None, "x", None))
+    norm = Spectral(3.0, layout="bio")
+    optimizer = build(case, norms=norm, labels=None)
+    values = np.random.default_rng(0).standard_normal((2, 8, 4)).astype(np.float16)
+
+    def type_of(tree):
+        return jax.tree.map(jax.typeof, tree)
+
+    with jax.set_mesh(mesh):
+        for array in (np.zeros((2, 8, 4), np.float16), values):
+            params = jax.device_put(array, split)
+            for transform in (lambda f: f, jax.jit):
+                state = transform(optimizer.init)(params)
+                updates, after = transform(optimizer.update)(params, state, params)
+                assert type_of(updates) == type_of(params)
+                assert type_of(after) == type_of(state)
+                alone = jnp.asarray(array)
+                expected, _ = optimizer.update(alone, optimizer.init(alone), alone)
+                np.testing.assert_allclose(
+                    np.asarray(updates, np.float32), np.asarray(expected, np.float32), atol=2e-3
+                )
+        assert float(jnp.max(jnp.abs(np.asarray(updates)))) > 0

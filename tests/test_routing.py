@@ -1,0 +1,145 @@
+"""Routing: labels in every form that Optax takes, patterns over paths, and errors that name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scion_jax import (
+    BiasRMS,
+    Euclidean,
+    Sign,
+    Spectral,
+    init_params,
+    label_by_path,
+    scale_by_lmo,
+    scion,
+    unconstrained_scion,
+)
+from scion_jax.routing import leaf_path, norms_of
+
+pytestmark = pytest.mark.fast
+
+PARAMS = {
+    "embed": {"table": jnp.ones((6, 4))},
+    "blocks": [
+        {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+        {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    ],
+    "head": jnp.ones((4, 6)),
+}
+NORMS = {
+    "first": Sign(2.0),
+    "hidden": Spectral(3.0),
+    "bias": BiasRMS(),
+    "last": Euclidean(5.0),
+}
+RULES = [("^embed", "first"), ("bias$", "bias"), ("blocks/[01]/", "hidden"), ("head", "last")]
+LABELS = {
+    "embed": {"table": "first"},
+    "blocks": [{"kernel": "hidden", "bias": "bias"}] * 2,
+    "head": "last",
+}
+PREFIX = {"embed": "first", "blocks": [{"kernel": "hidden", "bias": "bias"}] * 2, "head": "last"}
+
+
+@pytest.mark.parametrize(
+    "labels", [LABELS, PREFIX, lambda tree: LABELS, label_by_path(RULES)], ids=lambda _: ""
+)
+def test_every_form_of_labels_routes_alike(labels):
+    gradients = jax.tree.map(lambda p: p + jnp.arange(1.0 * p.size).reshape(p.shape), PARAMS)
+    optimizer = unconstrained_scion(1.0, NORMS, labels, momentum=1.0)
+    updates, _ = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
+    expected = jax.tree.map(lambda label, g: -NORMS[label].lmo(g), LABELS, gradients)
+    for got, want in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_first_match_wins():
+    tree = {"a": {"kernel": 0.0}, "b": {"kernel": 0.0}}
+    assert label_by_path([("a/", 1), ("kernel", 2), ("", 3)])(tree) == {
+        "a": {"kernel": 1},
+        "b": {"kernel": 2},
+    }
+
+
+def test_an_unmatched_leaf_is_named():
+    with pytest.raises(ValueError, match=r"leaf 'blocks/0/bias' matches no rule.*'kernel'"):
+        label_by_path([("kernel", "hidden")])(PARAMS)
+
+
+def test_none_and_masked_nodes_have_no_label():
+    tree = {"a": None, "b": optax.MaskedNode(), "c": 1.0}
+    assert label_by_path([("", "x")])(tree) == {"a": None, "b": optax.MaskedNode(), "c": "x"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "error"),
+    [([("(", "x")], ValueError), (["kernel"], TypeError), ([("a", "b", "c")], TypeError)],
+)
+def test_bad_rules(rules, error):
+    with pytest.raises(error, match="rule"):
+        label_by_path(rules)
+
+
+def test_a_label_without_a_norm_is_named_with_its_leaf():
+    labels = {**LABELS, "head": "lsat"}
+    optimizer = scion(0.1, NORMS, labels)
+    with pytest.raises(ValueError, match=r"leaf 'head' has the label 'lsat'.*'hidden'"):
+        optimizer.init(PARAMS)
+    with pytest.raises(ValueError, match=r"leaf 'head' has the label 'lsat'"):
+        init_params(jax.random.key(0), PARAMS, NORMS, labels)
+
+
+def test_a_norm_that_no_leaf_uses_is_fine():
+    optimizer = optax.masked(
+        scion(0.1, NORMS, label_by_path(RULES)),
+        {"embed": True, "blocks": False, "head": True},
+    )
+    updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    assert updates["blocks"][0]["kernel"] is PARAMS["blocks"][0]["kernel"]
+    mask = jax.tree.map(lambda label: label in ("first", "last"), LABELS)
+    masked_labels = optax.masked(scion(0.1, NORMS, LABELS), mask)
+    again, _ = masked_labels.update(PARAMS, masked_labels.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(again["head"], updates["head"])
+
+
+@pytest.mark.parametrize(
+    ("norms", "labels", "error", "message"),
+    [
+        (NORMS, None, ValueError, "needs param_labels"),
+        (Spectral(), LABELS, ValueError, "a mapping"),
+        (Spectral, None, TypeError, r"Spectral\(50.0\)"),
+        ({"x": Spectral}, {"x": "x"}, TypeError, r"norms\['x'\]"),
+        ("Spectral", None, TypeError, "norms is a Norm"),
+    ],
+)
+def test_norms_and_labels_must_belong_together(norms, labels, error, message):
+    for build in (scion, unconstrained_scion):
+        with pytest.raises(error, match=message):
+            build(0.1, norms, labels)
+    with pytest.raises(error, match=message):
+        norms_of(PARAMS, norms, labels)
+
+
+def test_a_leaf_that_does_not_fit_is_named_at_init():
+    with pytest.raises(ValueError, match=r"'conv/kernel' of shape \(3, 4, 5\) has rank 3"):
+        scion(0.1).init({"conv": {"kernel": jnp.ones((3, 4, 5))}})
+    with pytest.raises(ValueError, match=r"leaf 'a/1' of shape \(3,\) has rank 1"):
+        scale_by_lmo(Spectral(layout="oi")).init({"a": [jnp.ones((2, 2)), jnp.ones(3)]})
+    with pytest.raises(TypeError, match=r"leaf 'steps'.*int32.*optax.masked"):
+        scion(0.1).init({"steps": jnp.int32(3)})
+
+
+def test_norms_of_a_prefix():
+    tree = norms_of(PARAMS, NORMS, PREFIX)
+    assert tree["blocks"][1] == {"kernel": NORMS["hidden"], "bias": NORMS["bias"]}
+    assert tree["embed"]["table"] == NORMS["first"]
+
+
+def test_paths_of_nnx_leave_out_the_variable():
+    nnx = pytest.importorskip("flax.nnx")
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert paths == ["bias", "kernel"]
