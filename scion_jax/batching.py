@@ -18,13 +18,14 @@ def map_stacks(
     """Applies `function` once per distinct matrix shape.
 
     Args:
-        function: Maps `(batch, rows, columns)` with `rows ≤ columns` to the same shape, each
-            matrix on its own, and commutes with transposition.
+        function: Maps a stack `(batch, rows, columns)` with `rows ≤ columns`, each matrix on its
+            own, to a stack of the same shape (and then commutes with transposition) or to one
+            number per matrix, `(batch,)`.
         batches: Arrays `(batch, m, n)`; those whose `{m, n}` and dtype agree are stacked,
             whichever way round they stand.
 
     Returns:
-        The results, in the order and of the shapes of `batches`.
+        The results, in the order of `batches` and standing as they do.
     """
     groups: dict[tuple[int, int, jnp.dtype], list[int]] = {}
     for index, batch in enumerate(batches):
@@ -32,13 +33,12 @@ def map_stacks(
         groups.setdefault((rows, columns, batch.dtype), []).append(index)
     results: list[jax.Array] = list(batches)
     for members in groups.values():
-        stack = jnp.concatenate([_wide(batches[index]) for index in members])
-        stack = function(stack)
+        result = function(jnp.concatenate([_wide(batches[index]) for index in members]))
         start = 0
         for index in members:
             batch = batches[index]
-            part = jax.lax.slice_in_dim(stack, start, start + batch.shape[0])
-            results[index] = part if _is_wide(batch) else part.mT
+            part = jax.lax.slice_in_dim(result, start, start + batch.shape[0])
+            results[index] = part if part.ndim == 1 or _is_wide(batch) else part.mT
             start += batch.shape[0]
     return results
 

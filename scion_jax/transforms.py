@@ -27,6 +27,25 @@ class AverageGradientsState(NamedTuple):
     average: Any
 
 
+def check_momentum(momentum: optax.ScalarOrSchedule, dtype: DTypeLike | None) -> None:
+    """Checks, when an optimizer is built, what can be known about its momentum.
+
+    Args:
+        momentum: α, a number or a schedule; traced values are not looked at.
+        dtype: Dtype of its buffer, or None.
+
+    Raises:
+        TypeError: If `dtype` is not floating.
+        ValueError: If a constant `momentum` is not in (0, 1].
+    """
+    if isinstance(momentum, int | float) and not 0 < momentum <= 1:
+        raise ValueError(
+            f"momentum must be in (0, 1]: it is 1 minus the usual momentum; got {momentum}"
+        )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"momentum_dtype must be a floating dtype; got {jnp.dtype(dtype)}")
+
+
 def average_gradients(
     momentum: optax.ScalarOrSchedule, dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,12 +75,7 @@ def average_gradients(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 and 2.
     """
-    if isinstance(momentum, int | float) and not 0 < momentum <= 1:
-        raise ValueError(
-            f"momentum must be in (0, 1]: it is 1 minus the usual momentum; got {momentum}"
-        )
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"momentum_dtype must be a floating dtype; got {jnp.dtype(dtype)}")
+    check_momentum(momentum, dtype)
 
     def init(params: Any) -> AverageGradientsState:
         average = optax.tree.zeros_like(params, dtype=dtype)
@@ -197,7 +211,7 @@ def decay_weights(weight_decay: ArrayLike) -> optax.GradientTransformation:
 
 
 def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Multiplies updates by `−γ`, cast to each leaf's dtype.
+    """Multiplies updates by `−γ`, in the parameters' dtype if parameters are given.
 
     Optax's `scale_by_learning_rate`, always by way of a schedule: that path casts γ to the dtype
     of each leaf, where the constant path would promote the leaf to the dtype of a traced γ.
@@ -209,4 +223,11 @@ def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformati
         A transformation whose state counts the updates.
     """
     schedule = learning_rate if callable(learning_rate) else lambda count: learning_rate
-    return optax.scale_by_learning_rate(schedule)
+    scale = optax.scale_by_learning_rate(schedule)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is not None:
+            updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+        return scale.update(updates, state, params)
+
+    return optax.GradientTransformation(scale.init, update)

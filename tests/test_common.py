@@ -23,8 +23,12 @@ from scion_jax import (
     RowNorm,
     Sign,
     Spectral,
+    almond,
+    clipped_scion,
     label_by_path,
     scion,
+    scion_light,
+    unconstrained_clipped_scion,
     unconstrained_scion,
 )
 
@@ -37,11 +41,15 @@ class Case:
         build: Called as `build(learning_rate, norms, param_labels, **options)`.
         options: Keyword arguments, every numeric one of which can be injected.
         needs_params: Whether `update` needs the parameters.
+        calls_per_step: How many gradients a step takes.
+        scale_free: Whether the scale of the gradients makes no difference.
     """
 
     build: Callable[..., optax.GradientTransformationExtraArgs]
     options: Mapping[str, Any]
     needs_params: bool
+    calls_per_step: int = 1
+    scale_free: bool = True
 
 
 OPTIMIZERS = {
@@ -50,6 +58,25 @@ OPTIMIZERS = {
     "unconstrained_scion with decay": Case(
         unconstrained_scion, {"momentum": 0.3, "weight_decay": 0.1}, True
     ),
+    "clipped_scion": Case(clipped_scion, {"momentum": 0.3, "rho": 3.0}, True, scale_free=False),
+    "clipped_scion with short step": Case(
+        clipped_scion,
+        {"momentum": 0.3, "rho": 3.0, "short_step": True},
+        True,
+        scale_free=False,
+    ),
+    "unconstrained_clipped_scion": Case(
+        unconstrained_clipped_scion,
+        {"momentum": 0.3, "rho": 3.0},
+        False,
+        scale_free=False,
+    ),
+    "scion_light": Case(scion_light, {"momentum": 0.3}, True),
+    "unconstrained scion_light": Case(scion_light, {"momentum": 0.3, "unconstrained": True}, False),
+    "scion_light every 2": Case(
+        scion_light, {"momentum": 0.3, "every_k": 2}, True, calls_per_step=2
+    ),
+    "almond": Case(almond, {"momentum": 0.3}, False),
 }
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -311,6 +338,8 @@ def test_apply_if_finite(case):
 @every_optimizer
 def test_clipping_the_gradient_first_changes_nothing_at_first(case):
     """The LMO does not see the scale of the gradient."""
+    if not case.scale_free:
+        return
     params = gaussian_tree(0)
     optimizer = optax.chain(optax.clip_by_global_norm(1e-3), build(case))
     updates, _ = optimizer.update(params, optimizer.init(params), params)
@@ -387,7 +416,9 @@ def test_empty_trees(case, tree):
 @every_optimizer
 def test_scalar_parameters(case):
     optimizer = build(case, norms=Auto(), labels=None)
-    updates, _ = optimizer.update(jnp.float32(2.0), optimizer.init(jnp.float32(1.0)), jnp.ones(()))
+    updates, state = None, optimizer.init(jnp.float32(1.0))
+    for _ in range(case.calls_per_step):
+        updates, state = optimizer.update(jnp.float32(2.0), state, jnp.ones(()))
     assert updates.shape == ()
     assert float(updates) < 0
 
@@ -409,7 +440,7 @@ def rosenbrock(params):
 @every_optimizer
 def test_converges(case, objective, solution, start, norm):
     steps = 100_000
-    schedule = optax.linear_schedule(0.005, 0.0, steps)
+    schedule = optax.linear_schedule(0.005, 0.0, steps // case.calls_per_step)
     optimizer = build(case, schedule, norm, None, momentum=0.1)
 
     @jax.jit

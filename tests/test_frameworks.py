@@ -20,7 +20,8 @@ from scion_jax import (
 pytestmark = pytest.mark.fast
 
 NORMS = {"first": ColNorm(), "hidden": Spectral(2.0), "last": Sign(16.0), "bias": BiasRMS()}
-STEPS = 60
+STEPS = 100
+LEARNING_RATE = optax.linear_schedule(0.1, 0.0, STEPS)
 
 
 def data():
@@ -56,7 +57,9 @@ def test_nnx():
     model = Network(nnx.Rngs(0))
     nnx.update(model, init_params(jax.random.key(1), nnx.state(model, nnx.Param), NORMS, labels))
     assert inside(nnx.state(model, nnx.Param), NORMS, labels)
-    optimizer = nnx.Optimizer(model, scion(0.1, NORMS, labels, momentum=0.5), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, scion(LEARNING_RATE, NORMS, labels, momentum=0.5), wrt=nnx.Param
+    )
 
     @nnx.jit
     def step(model, optimizer, tokens, classes):
@@ -87,7 +90,7 @@ def test_linen():
     params = model.init(jax.random.key(0), data()[0])["params"]
     assert inside(params, NORMS, labels)  # by kernel_init alone
     state = train_state.TrainState.create(
-        apply_fn=model.apply, params=params, tx=scion(0.1, NORMS, labels, momentum=0.5)
+        apply_fn=model.apply, params=params, tx=scion(LEARNING_RATE, NORMS, labels, momentum=0.5)
     )
 
     @jax.jit
@@ -112,7 +115,7 @@ def test_equinox():
     model = eqx.nn.MLP(12, 2, 16, 2, activation=scaled_relu, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     params = init_params(jax.random.key(1), params, norm)
-    optimizer = scion(0.1, norm, momentum=0.5)
+    optimizer = scion(LEARNING_RATE, norm, momentum=0.5)
     state = optimizer.init(params)
     assert max(float(norm.gauge(x)) for x in jax.tree.leaves(params)) == pytest.approx(1, abs=1e-5)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -50,16 +50,29 @@ class Auto(Norm):
         """Asks the norm of the rank."""
         return self._choice(axes).unit_lmo(d, axes)
 
-    def unit_lmo_leaves(self, ds: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+    def _each(
+        self,
+        arrays: Sequence[jax.Array],
+        axes: Sequence[Axes],
+        compute: Callable[[Norm, Sequence[jax.Array], Sequence[Axes]], list[jax.Array]],
+    ) -> list[jax.Array]:
         """Asks each norm once, with all of its arrays."""
         choices = [self._choice(a) for a in axes]
-        results = list(ds)
+        results = list(arrays)
         for norm in dict.fromkeys(choices):
             members = [index for index, choice in enumerate(choices) if choice == norm]
-            units = norm.unit_lmo_leaves([ds[i] for i in members], [axes[i] for i in members])
-            for index, unit in zip(members, units, strict=True):
-                results[index] = unit
+            theirs = compute(norm, [arrays[i] for i in members], [axes[i] for i in members])
+            for index, result in zip(members, theirs, strict=True):
+                results[index] = result
         return results
+
+    def unit_lmo_leaves(self, ds: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+        """Asks the norm of each rank."""
+        return self._each(ds, axes, lambda norm, d, a: norm.unit_lmo_leaves(d, a))
+
+    def unit_gauge_bounds(self, xs: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+        """Asks the norm of each rank."""
+        return self._each(xs, axes, lambda norm, x, a: norm.unit_gauge_bounds(x, a))
 
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Asks the norm of the rank."""

@@ -130,6 +130,18 @@ class Norm(abc.ABC):
         """
         return [self.unit_lmo(d, a) for d, a in zip(ds, axes, strict=True)]
 
+    def unit_gauge_bounds(self, xs: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+        """Computes numbers as `unit_gauge` does, or cheaper ones that are at least as large.
+
+        Args:
+            xs: Parameters or directions, float32 or float64.
+            axes: The axes of each.
+
+        Returns:
+            The numbers of each array, in the same order, in any shape.
+        """
+        return [self.unit_gauge(x, a) for x, a in zip(xs, axes, strict=True)]
+
     def axes(self, shape: tuple[int, ...], path: str = "") -> Axes:
         """Reads this norm's layout against a shape.
 
@@ -213,6 +225,22 @@ class Norm(abc.ABC):
         x = numerics.at_least_float32(x)
         norm = jnp.max(self.unit_gauge(x, self.axes(x.shape)), initial=0)
         return norm / jnp.asarray(self.radius, x.dtype)
+
+    def gauge_bounds(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Bounds the gauges of several arrays from above, without a decomposition.
+
+        Args:
+            xs: Parameters or directions, any floating dtypes.
+
+        Returns:
+            Scalars, in the same order: the gauge, for `Spectral` up to 5 % more (see
+            `scion_jax.spectral_bound`).
+        """
+        for x in xs:
+            self.check(x)
+        wide = [numerics.at_least_float32(x) for x in xs]
+        bounds = self.unit_gauge_bounds(wide, [self.axes(x.shape) for x in xs])
+        return [jnp.max(b, initial=0) / jnp.asarray(self.radius, b.dtype) for b in bounds]
 
     def dual_norm(self, d: jax.Array) -> jax.Array:
         """Computes `radius · ‖d‖_*`, the maximum of `⟨d, ·⟩` over the ball.

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from scion_jax import sharding
+from scion_jax.batching import map_stacks
 from scion_jax.layout import Axes
 from scion_jax.norms.base import Norm
 from scion_jax.orthogonalize import NewtonSchulz, Orthogonalizer, orthogonalize_stacks
+from scion_jax.spectral_bound import spectral_norm_bound
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,18 @@ class Spectral(Norm):
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Computes the singular values, divided by `c`."""
         return _singular_values(x, axes) / self._unit_radius(axes)
+
+    def unit_gauge_bounds(self, xs: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+        """Bounds the largest singular values, those of one shape together, and divides by `c`."""
+        matrices = [a.to_matrices(sharding.replicate(x)) for x, a in zip(xs, axes, strict=True)]
+        bounds = map_stacks(
+            lambda stack: spectral_norm_bound(stack) if stack.size else jnp.zeros(stack.shape[:1]),
+            matrices,
+        )
+        return [
+            bound.astype(x.dtype) / self._unit_radius(a)
+            for bound, x, a in zip(bounds, xs, axes, strict=True)
+        ]
 
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes the singular values, multiplied by `c`."""

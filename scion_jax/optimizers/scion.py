@@ -1,10 +1,4 @@
-"""The optimizers: each a chain to be read aloud, gradient to step.
-
-All of them average gradients, ask each layer's norm ball for its extreme point along the average
-(the LMO), and move towards its opposite. The step length is the learning rate times the radius,
-never the size of the gradient: hence no Adam for the odd layers, no warm-up, and a learning rate
-that carries over to wider models.
-"""
+"""Scion, constrained and unconstrained: the algorithms that all others here vary."""
 
 from __future__ import annotations
 
@@ -65,7 +59,7 @@ def scion(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 2 (SCG) and 3.
     """
-    return _extra_args(
+    return optax.with_extra_args_support(
         optax.chain(
             average_gradients(momentum, momentum_dtype),
             scale_by_lmos(norms, param_labels),
@@ -122,7 +116,7 @@ def unconstrained_scion(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 (uSCG) and 3; Sec. 3 for weight decay.
     """
-    return _extra_args(
+    return optax.with_extra_args_support(
         optax.chain(
             average_gradients(momentum, momentum_dtype),
             scale_by_lmos(norms, param_labels),
@@ -130,10 +124,3 @@ def unconstrained_scion(
             descend(learning_rate),
         )
     )
-
-
-def _extra_args(
-    transformation: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    # chain() is typed for its weakest stage; ours take extra arguments, so the chain does too.
-    return optax.with_extra_args_support(transformation)

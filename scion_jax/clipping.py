@@ -1,0 +1,120 @@
+"""Clipping by the pairing `⟨d, w⟩`, over all parameters at once.
+
+Near a solution a step of fixed length overshoots. Clipping shortens it: the pairing of the average
+gradient `d` with the direction `w` says how much the step can gain, and vanishes at a solution. In
+the unconstrained case it is the dual norm of the gradient, with one Euclidean norm just its length,
+so that this is gradient clipping; in the constrained case it is the Frank–Wolfe gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from scion_jax import numerics
+
+
+class ClipByPairingState(NamedTuple):
+    """State of `clip_by_pairing`.
+
+    Attributes:
+        count: Number of updates made, int32.
+        pairing: The last `⟨d, w⟩`, summed over all leaves, at least float32. To choose ρ, watch it.
+        factor: What the last directions were multiplied by, in [0, 1].
+        inner_state: State of the wrapped transformation.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    pairing: jax.Array
+    factor: jax.Array
+    inner_state: Any
+
+
+def clip_by_pairing(
+    inner: optax.GradientTransformation,
+    rho: optax.ScalarOrSchedule,
+    squared_norm: Callable[[Any], jax.Array] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Shortens directions by how much they can gain.
+
+        w ← min(1, ⟨d, w⟩ / ρ) w                 w = inner(d)
+        w ← min(1, ⟨d, w⟩ / (ρ ‖w‖²)) w          with squared_norm
+
+    `⟨d, w⟩ = Σ_l ⟨d_l, w_l⟩` over all leaves, whatever their label. Sign convention: `w` points
+    uphill, as `lmo` does here, so `⟨d, w⟩ ≥ 0`, and Optax's learning-rate stage flips the sign.
+
+    A leaf outside its ball can have `⟨d_l, w_l⟩ < 0`: the pull towards the ball would climb more
+    than the LMO gains. The step must not climb, and dropping the leaf would stall it, so what
+    climbs is taken out of it,
+
+        w_l ← w_l − ⟨d_l, w_l⟩ d_l / ‖d_l‖²      (now ⟨d_l, w_l⟩ = 0)
+
+    and the factor counts `|⟨d_l, w_l⟩|`. Parameters that start in their balls (`init_params`) never
+    get there, but for the error of an inexact LMO.
+
+    Args:
+        inner: The stages that turn the average gradient `d` into the direction `w`.
+        rho: ρ, positive: the pairing below which steps are shortened. May be a schedule, which
+            receives the number of updates made.
+        squared_norm: `‖w‖²`, a function of the tree of directions; None means 1.
+
+    Returns:
+        A transformation with state `ClipByPairingState`.
+
+    Raises:
+        ValueError: If a constant `rho` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, scion_jax
+        >>> lmo = scion_jax.scale_by_lmo(scion_jax.Euclidean())
+        >>> clip = clip_by_pairing(lmo, rho=10.0)
+        >>> d = jnp.array([3.0, 4.0])
+        >>> w, state = clip.update(d, clip.init(d))
+        >>> w.round(3), state.pairing.round(3), state.factor.round(3)
+        (Array([0.3, 0.4], dtype=float32), Array(5., dtype=float32), Array(0.5, dtype=float32))
+
+    Source: [C] Pethick et al., arXiv:2506.01913, Alg. 1 to 4.
+    """
+    if isinstance(rho, int | float) and not rho > 0:
+        raise ValueError(f"rho must be positive; got {rho}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> ClipByPairingState:
+        zero = jnp.zeros([], _accumulator(params))
+        return ClipByPairingState(jnp.zeros([], jnp.int32), zero, zero, inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        dtype = state.pairing.dtype
+        pairings = jax.tree.map(lambda d, w: _pairing(d, w, dtype), updates, directions)
+        directions = jax.tree.map(_without_climb, updates, directions, pairings)
+        pairing = sum(jax.tree.leaves(pairings), jnp.zeros([], dtype))
+        gain = sum(map(jnp.abs, jax.tree.leaves(pairings)), jnp.zeros([], dtype))
+        threshold = jnp.asarray(rho(state.count) if callable(rho) else rho, dtype)
+        if squared_norm is not None:
+            threshold = threshold * numerics.nonzero(squared_norm(directions).astype(dtype))
+        factor = jnp.minimum(1, gain / threshold)
+        directions = jax.tree.map(lambda w: (factor * w.astype(dtype)).astype(w.dtype), directions)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return directions, ClipByPairingState(count, pairing, factor, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _accumulator(params: Any) -> jnp.dtype:
+    return numerics.widest(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
+
+
+def _pairing(d: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.sum(d.astype(dtype) * w.astype(dtype))
+
+
+def _without_climb(d: jax.Array, w: jax.Array, pairing: jax.Array) -> jax.Array:
+    """Computes `w − ⟨d, w⟩ d / ‖d‖²` if `⟨d, w⟩ < 0`, else `w`, to the bit."""
+    unit = numerics.normalize(d.astype(pairing.dtype), tuple(range(d.ndim)))
+    climb = jnp.where(pairing < 0, _pairing(unit, w, pairing.dtype), 0)
+    return (w.astype(pairing.dtype) - climb * unit).astype(w.dtype)

@@ -1,0 +1,119 @@
+"""What to look at while training: where parameters stand in their balls, and how far from done."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from scion_jax import numerics
+from scion_jax.norms import Auto
+from scion_jax.routing import Norms, norms_of
+
+
+class DualNorm(NamedTuple):
+    """Dual norms of a tree of gradients.
+
+    Attributes:
+        leaves: `radius_l · ‖d_l‖_{l,*}`, a tree of scalars.
+        total: Their sum, the dual of the product norm.
+    """
+
+    leaves: Any
+    total: jax.Array
+
+
+def gauges(params: Any, norms: Norms = Auto(), param_labels: Any = None) -> Any:
+    """Computes the gauge of every parameter: at most 1 inside its ball.
+
+        ‖x_l‖_l / radius_l
+
+    Args:
+        params: Parameters.
+        norms: As given to the optimizer.
+        param_labels: As given to the optimizer.
+
+    Returns:
+        A tree like `params` of scalars, float32 or float64. Exact: spectral norms take an SVD.
+
+    Raises:
+        ValueError: If norms and labels do not fit the parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, scion_jax
+        >>> gauges({"w": 3 * jnp.eye(2)}, scion_jax.Spectral(radius=2.0))
+        {'w': Array(1.5, dtype=float32)}
+    """
+    return jax.tree.map(
+        lambda x, norm: norm.gauge(x), params, norms_of(params, norms, param_labels)
+    )
+
+
+def dual_norm(grads: Any, norms: Norms = Auto(), param_labels: Any = None) -> DualNorm:
+    """Computes the dual norm of gradients, per leaf and in total.
+
+        ‖d‖_* = Σ_l radius_l ‖d_l‖_{l,*}
+
+    This is what `unconstrained_clipped_scion` compares with ρ.
+
+    Args:
+        grads: Gradients, or their average.
+        norms: As given to the optimizer.
+        param_labels: As given to the optimizer.
+
+    Returns:
+        The dual norm of each leaf, and the sum.
+
+    Raises:
+        ValueError: If norms and labels do not fit the gradients.
+
+    Example:
+        >>> import jax.numpy as jnp, scion_jax
+        >>> dual_norm({"b": jnp.array([3.0, 4.0])}, scion_jax.Euclidean(radius=2.0)).total
+        Array(10., dtype=float32)
+    """
+    leaves = jax.tree.map(
+        lambda d, norm: norm.dual_norm(d), grads, norms_of(grads, norms, param_labels)
+    )
+    return DualNorm(leaves, _total(leaves))
+
+
+def frank_wolfe_gap(
+    params: Any, grads: Any, norms: Norms = Auto(), param_labels: Any = None
+) -> jax.Array:
+    """Computes the Frank–Wolfe gap: zero at a stationary point of the constrained problem.
+
+        max_{‖u‖ ≤ 1} ⟨d, x − u⟩ = ⟨d, x⟩ + ‖d‖_*
+
+    At least 0 inside the balls; for a convex objective at least the distance to its minimum.
+
+    Args:
+        params: Parameters `x`.
+        grads: Gradients `d` at `x`.
+        norms: As given to the optimizer.
+        param_labels: As given to the optimizer.
+
+    Returns:
+        Scalar, float32 or float64.
+
+    Raises:
+        ValueError: If norms and labels do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, scion_jax
+        >>> x, d = jnp.array([-0.6, -0.8]), jnp.array([3.0, 4.0])
+        >>> frank_wolfe_gap(x, d, scion_jax.Euclidean()).round(3)
+        Array(0., dtype=float32)
+
+    Source: [S] Pethick et al., arXiv:2502.07529, Sec. 5; [C] arXiv:2506.01913, Sec. 4.
+    """
+    wide = numerics.at_least_float32
+    products = jax.tree.map(lambda x, d: jnp.sum(wide(x) * wide(d)), params, grads)
+    return _total(products) + dual_norm(grads, norms, param_labels).total
+
+
+def _total(tree: Any) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    dtype = numerics.widest(jnp.float32, *(leaf.dtype for leaf in leaves))
+    return sum((leaf.astype(dtype) for leaf in leaves), jnp.zeros([], dtype))

@@ -1,0 +1,49 @@
+"""A cheap upper bound on the spectral norm, from matrix products alone.
+
+The short step divides by the squared norm of its direction. An SVD would give it exactly, at
+several times the cost of the whole LMO and with no batching on accelerators; power iteration is
+cheap but comes from below, and a norm that is too small makes a step that is too long. Powers of
+the Gram matrix come from above:
+
+    σ_max ≤ (Σ_j σ_j^(2p))^(1/2p) = ‖(X Xᵀ)^(p/2)‖_F^(1/p) ≤ n^(1/2p) σ_max
+
+With p = 64 the bound is at most 5.3 % high for n = 768 equal singular values, and closer for any
+other spectrum. Nothing is random, so nothing has to be stored.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from scion_jax import numerics
+
+_SQUARINGS = 5
+
+
+@jax.jit
+def spectral_norm_bound(matrices: jax.Array) -> jax.Array:
+    """Bounds the largest singular value of each matrix from above.
+
+    Args:
+        matrices: Shape `(batch, rows, columns)` with `rows ≤ columns`; float32 or float64.
+
+    Returns:
+        Shape `(batch,)`: between `σ_max` and `rows^(1/128) σ_max`. Zero for zero.
+    """
+    norm = functools.partial(numerics.vector_norm, axes=(1, 2))
+    size = norm(matrices)
+    x = matrices / numerics.nonzero(size)
+    # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range. The powers of the
+    # divisors multiply up to the norm sought: each counts half as much as the one before it.
+    power = x @ x.mT
+    bound = size
+    for k in range(_SQUARINGS + 1):
+        scale = norm(power)
+        bound = bound * scale ** (1 / 2 ** (k + 1))
+        if k < _SQUARINGS:
+            power = power / numerics.nonzero(scale)
+            power = power @ power
+    return jnp.reshape(bound, bound.shape[:1])
