@@ -1,0 +1,142 @@
+"""Clipping: the pairing over all leaves, the state, the short step's bound, and life outside."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scion_jax import (
+    Auto,
+    Euclidean,
+    Sign,
+    Spectral,
+    clip_by_pairing,
+    clipped_scion,
+    init_params,
+    scale_by_lmo,
+    unconstrained_clipped_scion,
+)
+from scion_jax.spectral_bound import spectral_norm_bound
+
+pytestmark = pytest.mark.fast
+
+NORMS = {"one": Spectral(3.0), "other": Sign(5.0)}
+LABELS = {"a": "one", "b": "other"}
+
+
+def tree(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return {key: jnp.asarray(rng.standard_normal((4, 6)), dtype) for key in "ab"}
+
+
+def test_pairing_runs_over_all_labels():
+    d = tree()
+    optimizer = unconstrained_clipped_scion(1.0, NORMS, LABELS, rho=80.0, momentum=1.0)
+    updates, state = optimizer.update(d, optimizer.init(d), d)
+    v = {"a": NORMS["one"].lmo(d["a"]), "b": NORMS["other"].lmo(d["b"])}
+    pairing = float(jnp.vdot(d["a"], v["a"]) + jnp.vdot(d["b"], v["b"]))
+    assert pairing < 80
+    assert float(optax.tree.get(state, "pairing")) == pytest.approx(pairing, rel=1e-5)
+    assert float(optax.tree.get(state, "factor")) == pytest.approx(pairing / 80, rel=1e-5)
+    for key in "ab":
+        np.testing.assert_allclose(updates[key], -pairing / 80 * v[key], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_pairing_is_summed_in_float32(dtype):
+    d = {"w": jnp.full((64, 64), 0.1, dtype)}
+    optimizer = unconstrained_clipped_scion(1.0, Sign(64.0), rho=1.0, momentum=1.0)
+    updates, state = optimizer.update(d, optimizer.init(d), d)
+    pairing = optax.tree.get(state, "pairing")
+    assert pairing.dtype == jnp.float32
+    assert float(pairing) == pytest.approx(64 * 64 * float(d["w"][0, 0]), rel=1e-5)
+    assert updates["w"].dtype == dtype
+
+
+def test_rho_schedule_counts_updates():
+    clip = clip_by_pairing(scale_by_lmo(Euclidean()), lambda count: jnp.array([10.0, 20.0])[count])
+    d = jnp.array([3.0, 4.0])
+    state = clip.init(d)
+    _, state = clip.update(d, state)
+    assert float(state.factor) == pytest.approx(0.5)
+    _, state = clip.update(d, state)
+    assert float(state.factor) == pytest.approx(0.25)
+    assert int(state.count) == 2
+
+
+@pytest.mark.parametrize("rho", [0.0, -1.0, 0, float("nan")])
+def test_rho_must_be_positive(rho):
+    for build in (clipped_scion, unconstrained_clipped_scion):
+        with pytest.raises(ValueError, match="rho must be positive"):
+            build(0.1, rho=rho)
+
+
+def test_zero_gradients_give_zero_steps_of_the_lmo_part():
+    params = tree()
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for short_step in (False, True):
+        optimizer = clipped_scion(0.5, NORMS, LABELS, rho=1.0, short_step=short_step)
+        updates, _ = optimizer.update(zero, optimizer.init(params), params)
+        assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(updates))
+
+
+def test_nan_is_not_hidden():
+    d = tree()
+    d["a"] = d["a"].at[0, 0].set(jnp.nan)
+    optimizer = unconstrained_clipped_scion(1.0, NORMS, LABELS, rho=40.0)
+    updates, state = optimizer.update(d, optimizer.init(d), d)
+    assert bool(jnp.isnan(optax.tree.get(state, "pairing")))
+    assert bool(jnp.all(jnp.isnan(updates["b"])))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_spectral_norm_bound(rows):
+    rng = np.random.default_rng(rows)
+    stack = rng.standard_normal((5, rows, 80)).astype(np.float32)
+    stack[1] = np.linalg.qr(rng.standard_normal((80, rows)))[0].T  # equal singular values
+    stack[2] = np.outer(rng.standard_normal(rows), rng.standard_normal(80))
+    stack[3] *= 1e25
+    stack[4] = 0
+    bound, exact = spectral_norm_bound(jnp.asarray(stack)), np.linalg.norm(stack, 2, axis=(1, 2))
+    assert np.all(bound >= exact * (1 - 1e-5))
+    assert np.all(bound <= exact * rows ** (1 / 128) * (1 + 1e-5))
+
+
+@pytest.mark.parametrize("norm", [Spectral(3.0), Auto(3.0), Sign(2.0)])
+def test_gauge_bounds_are_gauges_from_above(norm):
+    rng = np.random.default_rng(0)
+    shapes = [(8, 12), (12, 8), (4, 4), (0, 3)]
+    xs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    for x, bound in zip(xs, norm.gauge_bounds(xs), strict=True):
+        exact = float(norm.gauge(x))
+        assert exact * (1 - 1e-5) <= float(bound) <= 1.06 * exact
+
+
+def test_short_step_is_not_longer_than_the_exact_one():
+    norms, labels = {"one": Spectral(3.0), "other": Sign(5.0)}, LABELS
+    params = init_params(jax.random.key(0), tree(), norms, labels)
+    d = tree(1)
+    optimizer = clipped_scion(1.0, norms, labels, rho=1e4, short_step=True, momentum=1.0)
+    _, state = optimizer.update(d, optimizer.init(params), params)
+    w = {key: params[key] + norms[labels[key]].lmo(d[key]) for key in "ab"}
+    size = max(float(norms[labels[key]].gauge(w[key])) for key in "ab")
+    exact = sum(float(jnp.vdot(d[key], w[key])) for key in "ab") / (1e4 * size**2)
+    assert 0.9 * exact <= float(optax.tree.get(state, "factor")) <= exact * (1 + 1e-4)
+
+
+def test_outside_the_ball_no_step_climbs_and_none_stalls():
+    """x far out, where the loss likes it: the pull towards the ball would climb."""
+    norm = Sign(1.0, normalized=False)
+    x = {"out": jnp.array([[9.0, -6.0]]), "in": jnp.array([[0.5, 0.5]])}
+    d = {"out": jnp.array([[-1.0, 0.5]]), "in": jnp.array([[1.0, -1.0]])}
+    optimizer = clipped_scion(0.5, norm, rho=1e-3, momentum=1.0)
+    state = optimizer.init(x)
+    out = {"out": x["out"]}
+    alone, _ = optimizer.update({"out": d["out"]}, optimizer.init(out), out)
+    for updates in (optimizer.update(d, state, x)[0], alone):
+        climb = {key: float(jnp.vdot(d[key], u)) for key, u in updates.items()}
+        assert all(slope <= 1e-6 for slope in climb.values())
+        assert bool(jnp.any(updates["out"]))  # it moves, level: towards smaller x
+        assert float(jnp.linalg.norm(x["out"] + updates["out"])) < float(jnp.linalg.norm(x["out"]))
+    assert climb["out"] == pytest.approx(0, abs=1e-6)

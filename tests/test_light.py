@@ -1,0 +1,101 @@
+"""ScionLight: the accumulator that is also the momentum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scion_jax import Auto, scion, scion_light, unconstrained_scion
+
+pytestmark = pytest.mark.fast
+
+
+def tree(seed, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return {
+        "kernel": jnp.asarray(rng.standard_normal((4, 6)), dtype),
+        "bias": jnp.asarray(rng.standard_normal(6), dtype),
+    }
+
+
+def buffers(state):
+    """Counts the arrays of a parameter's shape in a state."""
+    return sum(leaf.shape == (4, 6) for leaf in jax.tree.leaves(state))
+
+
+def run(optimizer, calls, params):
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    trajectory = []
+    for k in range(calls):
+        updates, state = update(tree(10 + k), state, params)
+        params = optax.apply_updates(params, updates)
+        trajectory.append(params)
+    return trajectory, state
+
+
+@jax.numpy_dtype_promotion("standard")  # MultiSteps itself divides by an integer
+@pytest.mark.parametrize("unconstrained", [False, True])
+@pytest.mark.parametrize("every_k", [1, 4])
+def test_equals_scion_under_multi_steps_with_one_buffer_less(unconstrained, every_k):
+    schedule = optax.linear_schedule(0.3, 0.1, 4)
+    light = scion_light(schedule, Auto(3.0), unconstrained=unconstrained, every_k=every_k)
+    plain = (unconstrained_scion if unconstrained else scion)(schedule, Auto(3.0))
+    accumulated = optax.MultiSteps(plain, every_k)
+    one, light_state = run(light, 4 * every_k + 1, tree(0))
+    other, other_state = run(accumulated, 4 * every_k + 1, tree(0))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+    assert buffers(light_state) == 1
+    assert buffers(other_state) == 2
+
+
+def test_no_lmo_runs_between_steps():
+    """A NaN in the buffer would come out of an LMO at once."""
+    optimizer = scion_light(0.1, Auto(), every_k=3)
+    params = tree(0)
+    state = optimizer.init(params)
+    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), tree(1))
+    for _ in range(2):
+        updates, state = optimizer.update(bad, state, params)
+        assert not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates))
+    updates, state = optimizer.update(bad, state, params)
+    assert bool(jnp.isnan(updates["bias"]).any())
+    assert (int(state.count), int(state.gathered)) == (1, 0)
+
+
+def test_full_momentum_forgets():
+    """The PyTorch reference keeps the buffer at momentum 1; here it is emptied, as the formula."""
+    optimizer = scion_light(0.1, Auto(), momentum=1.0)
+    params = tree(0)
+    _, state = optimizer.update(tree(1), optimizer.init(params), params)
+    assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(state.gradient_sum))
+
+
+def test_momentum_schedule_and_bfloat16_buffer():
+    optimizer = scion_light(
+        0.1, Auto(), momentum=optax.constant_schedule(0.5), momentum_dtype=jnp.bfloat16
+    )
+    params = tree(0)
+    updates, state = optimizer.update(tree(1), optimizer.init(params), params)
+    assert state.gradient_sum["kernel"].dtype == jnp.bfloat16
+    assert updates["kernel"].dtype == jnp.float32
+    half = (tree(1)["kernel"] / 2).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(state.gradient_sum["kernel"], half)
+
+
+def test_traced_every_k():
+    injected = optax.inject_hyperparams(scion_light)(0.1, every_k=3)
+    plain = scion_light(0.1, every_k=3)
+    for a, b in zip(run(injected, 7, tree(0))[0], run(plain, 7, tree(0))[0], strict=True):
+        np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"every_k": 0}, "every_k must be at least 1"), ({"momentum": 0.0}, "momentum must be in")],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        scion_light(0.1, **options)
