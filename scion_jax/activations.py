@@ -1,8 +1,9 @@
-"""Activations scaled by √2, so that the RMS of their input is kept.
+"""Activations scaled by √2, since half of a symmetric input is lost in a ReLU.
 
 [S] Pethick et al., arXiv:2502.07529, App. E: with weights on the boundary of their balls, a layer
-keeps the second moment of its input only if the activation does, and half of a symmetric input is
-lost in a ReLU.
+keeps the size of its input only if the activation does. For a symmetric input, `scaled_relu` keeps
+the second moment exactly and `scaled_gelu` nearly; the mean of `scaled_relu_squared` is the input's
+second moment.
 """
 
 from __future__ import annotations

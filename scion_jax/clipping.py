@@ -48,13 +48,17 @@ def clip_by_pairing(
     uphill, as `lmo` does here, so `⟨d, w⟩ ≥ 0`, and Optax's learning-rate stage flips the sign.
 
     A leaf outside its ball can have `⟨d_l, w_l⟩ < 0`: the pull towards the ball would climb more
-    than the LMO gains. The step must not climb, and dropping the leaf would stall it, so what
-    climbs is taken out of it,
+    than the LMO gains. The step must not climb, and a factor of 0 would stall all leaves, so what
+    climbs is taken out of that leaf,
 
         w_l ← w_l − ⟨d_l, w_l⟩ d_l / ‖d_l‖²      (now ⟨d_l, w_l⟩ = 0)
 
-    and the factor counts `|⟨d_l, w_l⟩|`. Parameters that start in their balls (`init_params`) never
-    get there, but for the error of an inexact LMO.
+    and counts for the factor by `min(|⟨d_l, w_l⟩|, ‖d_l‖ ‖w_l‖)`. The leaf moves inwards as far as
+    that is level, and rests where nothing level is left (a scalar has no such direction: it could
+    only climb, or leave further), holding up no other leaf. Parameters that start in their balls
+    (`init_params`) never get there, but for the small error of an inexact LMO.
+
+    A NaN or an infinity in one leaf makes the factor, and so all leaves, NaN.
 
     Args:
         inner: The stages that turn the average gradient `d` into the direction `w`.
@@ -79,25 +83,32 @@ def clip_by_pairing(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Alg. 1 to 4.
     """
-    if isinstance(rho, int | float) and not rho > 0:
+    if numerics.is_number(rho) and not rho > 0:
         raise ValueError(f"rho must be positive; got {rho}")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ClipByPairingState:
-        zero = jnp.zeros([], _accumulator(params))
-        return ClipByPairingState(jnp.zeros([], jnp.int32), zero, zero, inner.init(params))
+        dtype = numerics.widest(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
+        # An array for each field: donation takes none twice.
+        pairing, factor = jnp.zeros([], dtype), jnp.zeros([], dtype)
+        return ClipByPairingState(jnp.zeros([], jnp.int32), pairing, factor, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         dtype = state.pairing.dtype
-        pairings = jax.tree.map(lambda d, w: _pairing(d, w, dtype), updates, directions)
+        pairings = jax.tree.map(
+            lambda d, w: numerics.inner_product(d, w).astype(dtype), updates, directions
+        )
         directions = jax.tree.map(_without_climb, updates, directions, pairings)
+        gains = jax.tree.map(_gain, updates, directions, pairings)
         pairing = sum(jax.tree.leaves(pairings), jnp.zeros([], dtype))
-        gain = sum(map(jnp.abs, jax.tree.leaves(pairings)), jnp.zeros([], dtype))
+        gain = sum(jax.tree.leaves(gains), jnp.zeros([], dtype))
         threshold = jnp.asarray(rho(state.count) if callable(rho) else rho, dtype)
         if squared_norm is not None:
-            threshold = threshold * numerics.nonzero(squared_norm(directions).astype(dtype))
-        factor = jnp.minimum(1, gain / threshold)
+            threshold = threshold * squared_norm(directions).astype(dtype)
+        # Not a minimum of quotients: 0/0 is to be 1, as ρ → 0 is the optimizer without clipping.
+        quotient = gain / numerics.nonzero(threshold)
+        factor = jnp.where(gain >= threshold, jnp.ones_like(quotient), quotient)
         directions = jax.tree.map(lambda w: (factor * w.astype(dtype)).astype(w.dtype), directions)
         count = jnp.asarray(optax.safe_increment(state.count))
         return directions, ClipByPairingState(count, pairing, factor, inner_state)
@@ -105,16 +116,19 @@ def clip_by_pairing(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _accumulator(params: Any) -> jnp.dtype:
-    return numerics.widest(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
-
-
-def _pairing(d: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.sum(d.astype(dtype) * w.astype(dtype))
+def _length(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.squeeze(numerics.vector_norm(array.astype(dtype), tuple(range(array.ndim))))
 
 
 def _without_climb(d: jax.Array, w: jax.Array, pairing: jax.Array) -> jax.Array:
-    """Computes `w − ⟨d, w⟩ d / ‖d‖²` if `⟨d, w⟩ < 0`, else `w`, to the bit."""
-    unit = numerics.normalize(d.astype(pairing.dtype), tuple(range(d.ndim)))
-    climb = jnp.where(pairing < 0, _pairing(unit, w, pairing.dtype), 0)
-    return (w.astype(pairing.dtype) - climb * unit).astype(w.dtype)
+    """Computes `w − ⟨d, w⟩ d / ‖d‖²` if `⟨d, w⟩ < 0`, else `w`."""
+    dtype = pairing.dtype
+    length = numerics.nonzero(_length(d, dtype))
+    share = jnp.where(pairing < 0, pairing / length / length, 0)
+    return (w.astype(dtype) - share * d.astype(dtype)).astype(w.dtype)
+
+
+def _gain(d: jax.Array, w: jax.Array, pairing: jax.Array) -> jax.Array:
+    """Computes what a leaf counts for the factor, from its direction without the climb."""
+    size = _length(d, pairing.dtype) * _length(w, pairing.dtype)
+    return jnp.where(pairing < 0, jnp.minimum(-pairing, size), pairing)

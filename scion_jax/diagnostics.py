@@ -38,7 +38,7 @@ def gauges(params: Any, norms: Norms = Auto(), param_labels: Any = None) -> Any:
         A tree like `params` of scalars, float32 or float64. Exact: spectral norms take an SVD.
 
     Raises:
-        ValueError: If norms and labels do not fit the parameters.
+        ValueError: If norms and labels do not fit the parameters; the message names the leaf.
 
     Example:
         >>> import jax.numpy as jnp, scion_jax
@@ -66,7 +66,7 @@ def dual_norm(grads: Any, norms: Norms = Auto(), param_labels: Any = None) -> Du
         The dual norm of each leaf, and the sum.
 
     Raises:
-        ValueError: If norms and labels do not fit the gradients.
+        ValueError: If norms and labels do not fit the gradients; the message names the leaf.
 
     Example:
         >>> import jax.numpy as jnp, scion_jax
@@ -86,7 +86,7 @@ def frank_wolfe_gap(
 
         max_{‖u‖ ≤ 1} ⟨d, x − u⟩ = ⟨d, x⟩ + ‖d‖_*
 
-    At least 0 inside the balls; for a convex objective at least the distance to its minimum.
+    At least 0 inside the balls; for a convex objective at least `f(x) − min f` over the balls.
 
     Args:
         params: Parameters `x`.
@@ -108,8 +108,7 @@ def frank_wolfe_gap(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Sec. 5; [C] arXiv:2506.01913, Sec. 4.
     """
-    wide = numerics.at_least_float32
-    products = jax.tree.map(lambda x, d: jnp.sum(wide(x) * wide(d)), params, grads)
+    products = jax.tree.map(numerics.inner_product, params, grads)
     return _total(products) + dual_norm(grads, norms, param_labels).total
 
 

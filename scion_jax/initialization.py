@@ -9,7 +9,7 @@ import jax.core
 
 from scion_jax import sharding
 from scion_jax.norms import Auto, Norm
-from scion_jax.routing import Norms, leaf_path, norms_of
+from scion_jax.routing import Norms, norms_of
 
 
 def init_params(
@@ -45,11 +45,10 @@ def init_params(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Sec. 3 (initialization).
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    leaves, structure = jax.tree.flatten(params)
     leaf_norms: list[Norm] = jax.tree.leaves(norms_of(params, norms, param_labels))
     points = []
-    for index, ((keys, leaf), norm) in enumerate(zip(leaves, leaf_norms, strict=True)):
-        norm.check(leaf, leaf_path(keys))
+    for index, (leaf, norm) in enumerate(zip(leaves, leaf_norms, strict=True)):
         point = norm.init(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
         points.append(_place_like(point, leaf))
     return jax.tree.unflatten(structure, points)

@@ -7,6 +7,9 @@ is divided by zero, and NaN and infinity come out as NaN instead of a plausible 
 
 from __future__ import annotations
 
+import numbers
+from typing import TypeGuard
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -24,6 +27,17 @@ def widest(*dtypes: DTypeLike) -> jnp.dtype:
 def at_least_float32(array: jax.Array) -> jax.Array:
     """Casts float16 and bfloat16 to float32; leaves float32 and float64 alone."""
     return array.astype(widest(array.dtype, jnp.float32))
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tells a plain number, which can be checked, from an array or a traced value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Computes `⟨x, y⟩` over all entries, in at least float32."""
+    dtype = widest(x.dtype, y.dtype, jnp.float32)
+    return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
 
 def nonzero(divisor: jax.Array) -> jax.Array:

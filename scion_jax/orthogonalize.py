@@ -56,8 +56,9 @@ class NewtonSchulz(Orthogonalizer):
         steps: Number of steps; None means 5 for a name and the length of a given sequence. After
             construction it is the number.
         compute_dtype: Dtype of the matrix products' operands; they accumulate in at least float32.
-            None means the input's, at least float32. `jnp.bfloat16` is faster on most
-            accelerators; singular values then exceed 1 by up to 1e-2.
+            None means the input's, at least float32, multiplied as `jax.default_matmul_precision`
+            says. `jnp.bfloat16` is faster on most accelerators; singular values then exceed 1 by
+            up to 1e-2.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -137,7 +138,8 @@ class ExactPolar(Orthogonalizer):
         u, sigma, vt = jnp.linalg.svd(numerics.normalize(matrices, (1, 2)), full_matrices=False)
         rounding = jnp.finfo(matrices.dtype).eps * matrices.shape[-1]
         negligible = sigma <= rounding * jnp.max(sigma, axis=-1, keepdims=True)
-        return (u * jnp.where(negligible, 0, jnp.ones_like(sigma))[:, None, :]) @ vt
+        u = u * jnp.where(negligible, 0, jnp.ones_like(sigma))[:, None, :]
+        return jnp.matmul(u, vt, precision=jax.lax.Precision.HIGHEST)
 
 
 def orthogonalize(matrix: jax.Array, orthogonalizer: Orthogonalizer | None = None) -> jax.Array:
@@ -169,7 +171,7 @@ def orthogonalize(matrix: jax.Array, orthogonalizer: Orthogonalizer | None = Non
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise TypeError(f"orthogonalize needs a floating dtype; got {matrix.dtype}")
     if not matrix.size:
-        return matrix
+        return jnp.asarray(matrix)
     whole = numerics.at_least_float32(sharding.replicate(matrix))
     stack = whole.reshape(-1, *matrix.shape[-2:])
     (polar,) = orthogonalize_stacks([stack], orthogonalizer or NewtonSchulz())

@@ -62,6 +62,8 @@ def label_by_path(rules: Sequence[tuple[str, Hashable]]) -> Callable[[Any], Any]
     for rule in rules:
         if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)):
             raise TypeError(f"a rule is a pair (regular expression, label); got {rule!r}")
+        if not jax.tree_util.all_leaves([rule[1]]):
+            raise TypeError(f"rule {rule!r}: a label is a string or a number, not a container")
         try:
             compiled.append((re.compile(rule[0]), rule[1]))
         except re.error as error:
@@ -148,11 +150,35 @@ def norms_of(tree: Any, norms: Norms, param_labels: Any) -> Any:
 
     Returns:
         A tree like `tree`, with a norm at every leaf.
+
+    Raises:
+        TypeError: If a leaf is not floating.
+        ValueError: If a leaf does not fit its norm's layout, or norms and labels do not belong
+            together; the message names the leaf.
     """
     check_norms(norms, param_labels)
     if isinstance(norms, Norm):
-        return jax.tree.map(lambda _: norms, tree)
-    labels = labels_of(tree, norms, param_labels)
-    return jax.tree.map(
-        lambda label, subtree: jax.tree.map(lambda _: norms[label], subtree), labels, tree
+        chosen = jax.tree.map(lambda _: norms, tree)
+    else:
+        labels = labels_of(tree, norms, param_labels)
+        chosen = jax.tree.map(
+            lambda label, subtree: jax.tree.map(lambda _: norms[label], subtree), labels, tree
+        )
+    check_leaves(tree, chosen)
+    return chosen
+
+
+def check_leaves(tree: Any, norms: Any) -> None:
+    """Checks that every leaf fits its norm.
+
+    Args:
+        tree: Parameters, updates, or their shapes.
+        norms: A tree like it, of norms.
+
+    Raises:
+        TypeError: If a leaf is not floating; the message names it.
+        ValueError: If a leaf does not fit its norm's layout; the message names it.
+    """
+    jax.tree_util.tree_map_with_path(
+        lambda keys, leaf, norm: norm.check(leaf, leaf_path(keys)), tree, norms
     )

@@ -7,8 +7,8 @@ the Gram matrix come from above:
 
     σ_max ≤ (Σ_j σ_j^(2p))^(1/2p) = ‖(X Xᵀ)^(p/2)‖_F^(1/p) ≤ n^(1/2p) σ_max
 
-With p = 64 the bound is at most 5.3 % high for n = 768 equal singular values, and closer for any
-other spectrum. Nothing is random, so nothing has to be stored.
+With p = 128 the bound is at most 2.6 % high for 768 rows and 3.0 % for 2,048 (when all singular
+values are equal; closer for any other spectrum). Nothing is random, so nothing has to be stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from scion_jax import numerics
 
-_SQUARINGS = 5
+_SQUARINGS = 6
 
 
 @jax.jit
@@ -31,19 +31,21 @@ def spectral_norm_bound(matrices: jax.Array) -> jax.Array:
         matrices: Shape `(batch, rows, columns)` with `rows ≤ columns`; float32 or float64.
 
     Returns:
-        Shape `(batch,)`: between `σ_max` and `rows^(1/128) σ_max`. Zero for zero.
+        Shape `(batch,)`: between `σ_max` and `rows^(1/256) σ_max`, up to rounding. Zero for zero.
     """
     norm = functools.partial(numerics.vector_norm, axes=(1, 2))
     size = norm(matrices)
     x = matrices / numerics.nonzero(size)
     # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range. The powers of the
     # divisors multiply up to the norm sought: each counts half as much as the one before it.
-    power = x @ x.mT
+    # Full precision on accelerators too: a bound that rounding makes low is none.
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    power = product(x, x.mT)
     bound = size
     for k in range(_SQUARINGS + 1):
         scale = norm(power)
         bound = bound * scale ** (1 / 2 ** (k + 1))
         if k < _SQUARINGS:
             power = power / numerics.nonzero(scale)
-            power = power @ power
+            power = product(power, power)
     return jnp.reshape(bound, bound.shape[:1])

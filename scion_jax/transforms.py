@@ -11,8 +11,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from scion_jax.norms import Norm
-from scion_jax.numerics import widest
-from scion_jax.routing import Norms, check_norms, labels_of, leaf_path
+from scion_jax.numerics import is_number, widest
+from scion_jax.routing import Norms, check_norms, labels_of, norms_of
 
 
 class AverageGradientsState(NamedTuple):
@@ -38,12 +38,26 @@ def check_momentum(momentum: optax.ScalarOrSchedule, dtype: DTypeLike | None) ->
         TypeError: If `dtype` is not floating.
         ValueError: If a constant `momentum` is not in (0, 1].
     """
-    if isinstance(momentum, int | float) and not 0 < momentum <= 1:
+    if is_number(momentum) and not 0 < momentum <= 1:
         raise ValueError(
             f"momentum must be in (0, 1]: it is 1 minus the usual momentum; got {momentum}"
         )
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"momentum_dtype must be a floating dtype; got {jnp.dtype(dtype)}")
+        raise TypeError(f"the average needs a floating dtype; got {jnp.dtype(dtype)}")
+
+
+def remember(buffer: jax.Array, momentum: ArrayLike) -> jax.Array:
+    """Computes `(1 − α) · buffer`; nothing at all of it, not even a NaN, at α = 1.
+
+    Args:
+        buffer: An average or a sum of gradients.
+        momentum: α; may be traced.
+
+    Returns:
+        Array of the buffer's shape and dtype.
+    """
+    alpha = jnp.asarray(momentum, buffer.dtype)
+    return jnp.where(alpha == 1, 0, (1 - alpha) * buffer)
 
 
 def average_gradients(
@@ -89,8 +103,9 @@ def average_gradients(
 
         def blend(g: jax.Array, d: jax.Array) -> jax.Array:
             compute = widest(g.dtype, d.dtype, jnp.float32)
-            a = jnp.asarray(alpha, compute)
-            return (1 - a) * d.astype(compute) + a * g.astype(compute)
+            return remember(d.astype(compute), alpha) + jnp.asarray(alpha, compute) * g.astype(
+                compute
+            )
 
         average = jax.tree.map(blend, updates, state.average)
         stored = jax.tree.map(lambda new, d: new.astype(d.dtype), average, state.average)
@@ -137,17 +152,13 @@ def scale_by_lmo(norm: Norm) -> optax.GradientTransformationExtraArgs:
     if not isinstance(norm, Norm):
         raise TypeError(f"scale_by_lmo needs a Norm such as Spectral(50.0); got {norm}")
 
-    def check(tree: Any) -> None:
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            norm.check(leaf, leaf_path(keys))
-
     def init(params: Any) -> optax.EmptyState:
-        check(params)
+        norms_of(params, norm, None)  # names a leaf that does not fit
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
-        check(updates)
+        norms_of(updates, norm, None)
         leaves, structure = jax.tree.flatten(updates)
         directions = jax.tree.unflatten(structure, norm.lmo_leaves(leaves))
         if params is not None:
@@ -196,12 +207,18 @@ def decay_weights(weight_decay: ArrayLike) -> optax.GradientTransformation:
         A stateless transformation.
 
     Raises:
-        ValueError: At `update`, without parameters unless μ is a Python zero.
+        TypeError: If `weight_decay` is a schedule.
+        ValueError: If a constant `weight_decay` is negative; at `update`, without parameters unless
+            μ is a Python zero.
     """
+    if callable(weight_decay):
+        raise TypeError("weight_decay is a number; schedule it with optax.inject_hyperparams")
+    if is_number(weight_decay) and not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0; got {weight_decay}")
     add_weights = optax.add_decayed_weights(1.0)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if isinstance(weight_decay, int | float) and weight_decay == 0:
+        if is_number(weight_decay) and weight_decay == 0:
             return updates, state
         if params is not None:
             params = jax.tree.map(lambda p: jnp.asarray(weight_decay, p.dtype) * p, params)

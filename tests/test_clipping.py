@@ -72,7 +72,7 @@ def test_rho_must_be_positive(rho):
             build(0.1, rho=rho)
 
 
-def test_zero_gradients_give_zero_steps_of_the_lmo_part():
+def test_zero_gradients_give_zero_steps():
     params = tree()
     zero = jax.tree.map(jnp.zeros_like, params)
     for short_step in (False, True):
@@ -100,7 +100,7 @@ def test_spectral_norm_bound(rows):
     stack[4] = 0
     bound, exact = spectral_norm_bound(jnp.asarray(stack)), np.linalg.norm(stack, 2, axis=(1, 2))
     assert np.all(bound >= exact * (1 - 1e-5))
-    assert np.all(bound <= exact * rows ** (1 / 128) * (1 + 1e-5))
+    assert np.all(bound <= exact * rows ** (1 / 256) * (1 + 1e-5))
 
 
 @pytest.mark.parametrize("norm", [Spectral(3.0), Auto(3.0), Sign(2.0)])
@@ -110,7 +110,7 @@ def test_gauge_bounds_are_gauges_from_above(norm):
     xs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
     for x, bound in zip(xs, norm.gauge_bounds(xs), strict=True):
         exact = float(norm.gauge(x))
-        assert exact * (1 - 1e-5) <= float(bound) <= 1.06 * exact
+        assert exact * (1 - 1e-5) <= float(bound) <= 1.03 * exact
 
 
 def test_short_step_is_not_longer_than_the_exact_one():
@@ -140,3 +140,41 @@ def test_outside_the_ball_no_step_climbs_and_none_stalls():
         assert bool(jnp.any(updates["out"]))  # it moves, level: towards smaller x
         assert float(jnp.linalg.norm(x["out"] + updates["out"])) < float(jnp.linalg.norm(x["out"]))
     assert climb["out"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_leaf_that_rests_outside_holds_up_no_other():
+    """A scalar can only climb back or leave further; the other leaf still converges."""
+    target = {"out": jnp.float32(10.0), "in": jnp.array([0.0, 0.2])}
+    params = {"out": jnp.float32(5.0), "in": jnp.array([0.3, 0.0])}
+    optimizer = clipped_scion(0.1, Euclidean(), rho=4.0, momentum=1.0)
+
+    def step(carry, _):
+        params, state = carry
+        gradients = jax.tree.map(jnp.subtract, params, target)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = (params, optimizer.init(params))
+    (params, state), _ = jax.lax.scan(step, start, length=2000)
+    assert float(params["out"]) == 5.0
+    np.testing.assert_allclose(params["in"], target["in"], atol=2e-3)
+    assert float(optax.tree.get(state, "factor")) < 0.01
+
+
+@pytest.mark.parametrize("short_step", [False, True])
+def test_no_rho_is_too_small(short_step):
+    """0/0 is 1: with ρ = 0 nothing is clipped, whatever the gradient."""
+    params = tree()
+    for gradients in (tree(1), jax.tree.map(jnp.zeros_like, params)):
+        for rho in (1e-40, jnp.float32(0.0)):
+            optimizer = clipped_scion(0.1, NORMS, LABELS, rho=rho, short_step=short_step)
+            updates, state = optimizer.update(gradients, optimizer.init(params), params)
+            assert float(optax.tree.get(state, "factor")) == 1
+            assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
+
+
+def test_empty_leaves_spoil_nothing():
+    params = {"w": jnp.ones((4, 3)), "empty": jnp.zeros((4, 0))}
+    optimizer = clipped_scion(0.1, rho=1.0, short_step=True)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert bool(jnp.all(jnp.isfinite(updates["w"])))

@@ -196,6 +196,22 @@ def test_compiles_once(case):
     assert len(traces) == step._cache_size() == 1
 
 
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.apply_if_finite(tx, 3)])
+@every_optimizer
+def test_state_can_be_donated(case, wrap):
+    optimizer = wrap(build(case))
+    params = gaussian_tree(0)
+    state = optimizer.init(params)  # not under jit, which would give every field its own buffer
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for k in range(2):
+        params, state = step(params, state, gaussian_tree(k))
+
+
 @every_optimizer
 def test_jit_is_eager(case):
     compiled, eager = (

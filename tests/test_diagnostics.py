@@ -81,6 +81,12 @@ def test_low_precision_is_summed_in_float32_and_jit_works():
     assert dual_norm({}, NORMS, {}).total == 0
 
 
+def test_mixed_dtypes_and_named_leaves(x64):
+    assert frank_wolfe_gap(tree(0, jnp.float32), tree(1), NORMS, LABELS).dtype == jnp.float64
+    with pytest.raises(ValueError, match="leaf 'conv'"):
+        gauges({"conv": jnp.ones((2, 3, 4))})
+
+
 def test_vanishing_momentum():
     schedule = vanishing_momentum()
     np.testing.assert_allclose([schedule(k) for k in range(3)], [1, 2**-0.5, 3**-0.5], rtol=1e-6)

@@ -94,7 +94,11 @@ def test_traced_every_k():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"every_k": 0}, "every_k must be at least 1"), ({"momentum": 0.0}, "momentum must be in")],
+    [
+        ({"every_k": 0}, "every_k must be a whole number"),
+        ({"every_k": 1.5}, "every_k must be a whole number"),
+        ({"momentum": 0.0}, "momentum must be in"),
+    ],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):

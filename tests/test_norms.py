@@ -180,13 +180,19 @@ def test_bfloat16_arrays(name, options):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @cases
 def test_zero_gives_zero(x64, name, options, dtype):
-    for layout, shape in [arrays_for(name)[0], ("bsio", (0, 2, 3, 4)), ("sio", (2, 0, 3))]:
+    for layout, shape in [
+        arrays_for(name)[0],
+        ("bsio", (0, 2, 3, 4)),
+        ("sio", (2, 0, 3)),
+        ("sio", (2, 3, 0)),
+    ]:
         norm = make(name, options, layout)
         zero = jnp.zeros(shape, dtype)
         result = norm.lmo(zero)
         assert (result.shape, result.dtype) == (zero.shape, zero.dtype)
         assert not bool(jnp.any(result != 0))
         assert float(norm.gauge(zero)) == float(norm.dual_norm(zero)) == 0
+        assert float(norm.gauge_bounds([zero])[0]) == 0
 
 
 @cases
@@ -314,7 +320,7 @@ def test_norms_are_values():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf"), np.float32(-1)])
 def test_radius_must_be_positive(radius):
     with pytest.raises(ValueError, match="radius must be positive"):
         Sign(radius)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from scion_jax import Spectral, clipped_scion
+
 pytestmark = pytest.mark.fast
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
@@ -38,3 +40,19 @@ def test_flax_example():
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
     exec(example, names)
     assert float(names["loss"]) < 0.1  # from log 16 = 2.77
+
+
+def test_choosing_rho(capsys):
+    params = {"w": jnp.ones((2, 2))}
+    names = {
+        "optax": optax,
+        "clipped_scion": clipped_scion,
+        "norms": Spectral(),
+        "labels": None,
+        "params": params,
+        "gradients": params,
+    }
+    exec(blocks()[1], names)
+    pairing, factor = capsys.readouterr().out.split()
+    assert float(pairing) > 0
+    assert float(factor) == 1

@@ -76,7 +76,13 @@ def test_none_and_masked_nodes_have_no_label():
 
 @pytest.mark.parametrize(
     ("rules", "error"),
-    [([("(", "x")], ValueError), (["kernel"], TypeError), ([("a", "b", "c")], TypeError)],
+    [
+        ([("(", "x")], ValueError),
+        (["kernel"], TypeError),
+        ([("a", None)], TypeError),
+        ([("a", ("x", "y"))], TypeError),
+        ([("a", "b", "c")], TypeError),
+    ],
 )
 def test_bad_rules(rules, error):
     with pytest.raises(error, match="rule"):

@@ -63,6 +63,12 @@ def test_average_is_taken_in_float32():
     assert float(output[0]) == 0.5 + 2.0**-13
 
 
+def test_full_momentum_remembers_nothing_not_even_a_nan():
+    for momentum in (1.0, jnp.float32(1.0), lambda count: 1.0):
+        (_, output), _ = run(average_gradients(momentum), [jnp.full(2, jnp.nan), jnp.ones(2)])
+        np.testing.assert_array_equal(output, 1.0)
+
+
 @pytest.mark.parametrize("momentum", [0, 0.0, -0.1, 1.5, float("nan")])
 def test_momentum_is_checked(momentum):
     with pytest.raises(ValueError, match="1 minus the usual"):
@@ -104,5 +110,9 @@ def test_decay():
         np.testing.assert_array_equal(output, jnp.full(2, 3.0, jnp.bfloat16))
         with pytest.raises(ValueError, match="params"):
             decay.update(updates, decay.init(params), None)
+    with pytest.raises(ValueError, match="at least 0"):
+        decay_weights(-0.1)
+    with pytest.raises(TypeError, match="inject_hyperparams"):
+        decay_weights(lambda count: 0.1)
     none = decay_weights(0.0)
     assert none.update(updates, none.init(params), None)[0] is updates

@@ -57,7 +57,8 @@ class Norm(abc.ABC):
 
     Raises:
         TypeError: If `layout` is neither None nor a string.
-        ValueError: If `radius` is not positive, or `layout` holds an unknown letter or no `o`.
+        ValueError: If `radius` is not positive and finite, or `layout` holds an unknown letter or
+            no `o`.
     """
 
     radius: ArrayLike = 1.0
@@ -66,8 +67,9 @@ class Norm(abc.ABC):
 
     def __post_init__(self) -> None:
         # Only plain numbers are looked at: a traced radius has no value yet.
-        if isinstance(self.radius, int | float) and not self.radius > 0:
-            raise ValueError(f"{type(self).__name__}: radius must be positive; got {self.radius}")
+        if numerics.is_number(self.radius) and not 0 < self.radius < float("inf"):
+            name = type(self).__name__
+            raise ValueError(f"{name}: radius must be positive and finite; got {self.radius}")
         layouts.check_layout(self.layout)
 
     @abc.abstractmethod
@@ -223,8 +225,7 @@ class Norm(abc.ABC):
         """
         self.check(x)
         x = numerics.at_least_float32(x)
-        norm = jnp.max(self.unit_gauge(x, self.axes(x.shape)), initial=0)
-        return norm / jnp.asarray(self.radius, x.dtype)
+        return self._largest(self.unit_gauge(x, self.axes(x.shape)), x)
 
     def gauge_bounds(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
         """Bounds the gauges of several arrays from above, without a decomposition.
@@ -233,14 +234,14 @@ class Norm(abc.ABC):
             xs: Parameters or directions, any floating dtypes.
 
         Returns:
-            Scalars, in the same order: the gauge, for `Spectral` up to 5 % more (see
-            `scion_jax.spectral_bound`).
+            Scalars, in the same order: the gauge, for `Spectral` up to 3 % more at 2,048 rows
+            (see `scion_jax.spectral_bound`).
         """
         for x in xs:
             self.check(x)
         wide = [numerics.at_least_float32(x) for x in xs]
         bounds = self.unit_gauge_bounds(wide, [self.axes(x.shape) for x in xs])
-        return [jnp.max(b, initial=0) / jnp.asarray(self.radius, b.dtype) for b in bounds]
+        return [self._largest(bound, x) for bound, x in zip(bounds, wide, strict=True)]
 
     def dual_norm(self, d: jax.Array) -> jax.Array:
         """Computes `radius · ‖d‖_*`, the maximum of `⟨d, ·⟩` over the ball.
@@ -279,6 +280,11 @@ class Norm(abc.ABC):
         unit = self.unit_init(key, self.axes(shape))
         wide = unit.astype(numerics.widest(dtype, jnp.float32))
         return self._scaled(wide).astype(dtype)
+
+    def _largest(self, sizes: jax.Array, x: jax.Array) -> jax.Array:
+        if not x.size:
+            return jnp.zeros([], x.dtype)
+        return jnp.max(sizes) / jnp.asarray(self.radius, x.dtype)
 
     def _scaled(self, unit: jax.Array) -> jax.Array:
         return jnp.asarray(self.radius, unit.dtype) * unit

@@ -65,7 +65,7 @@ class Euclidean(Norm):
         Array([[3., 0.],
                [0., 4.]], dtype=float32)
 
-    Source: [S] Pethick et al., arXiv:2502.07529, Sec. 2 (normalized SGD).
+    Source: [S] Pethick et al., arXiv:2502.07529, Table 1 (normalized SGD).
     """
 
     def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:

@@ -1,9 +1,9 @@
 """The optimizers: each a chain to be read aloud, gradient to step.
 
-All of them average gradients, ask each layer's norm ball for its extreme point along the average
-(the LMO), and move towards its opposite. The step length is the learning rate times the radius,
-never the size of the gradient: hence no Adam for the odd layers, no warm-up, and a learning rate
-that carries over to wider models.
+They average gradients, ask each layer's norm ball for its extreme point along the average (the
+LMO), and move towards its opposite; ALMOND asks first and averages then. The step length is the
+learning rate times the radius, never the size of the gradient: hence no Adam for the odd layers, no
+warm-up, and a learning rate that carries over to wider models.
 """
 
 from scion_jax.optimizers.almond import almond as almond

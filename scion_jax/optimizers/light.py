@@ -10,9 +10,9 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from scion_jax.norms import Auto
-from scion_jax.numerics import widest
+from scion_jax.numerics import is_number, widest
 from scion_jax.routing import Norms
-from scion_jax.transforms import check_momentum, descend, scale_by_lmos
+from scion_jax.transforms import check_momentum, descend, remember, scale_by_lmos
 
 
 class ScionLightState(NamedTuple):
@@ -57,8 +57,9 @@ def scion_light(
 
     What it saves in JAX: with accumulation, one buffer of the parameters' size; in PyTorch the
     buffer is also the gradient, but JAX hands the gradient in as an array of its own, so without
-    accumulation nothing is saved. Sign convention: `lmo` is the maximizer of `⟨G, ·⟩`, the negative
-    of the paper's.
+    accumulation nothing is saved. `G` is up to `every_k/α` times as large as a gradient; for
+    float16 parameters give it a `momentum_dtype` of wider range. Sign convention: `lmo` is the
+    maximizer of `⟨G, ·⟩`, the negative of the paper's.
 
     Args:
         learning_rate: γ, in (0, 1] unless `unconstrained`; a schedule receives the number of steps
@@ -77,8 +78,8 @@ def scion_light(
     Raises:
         TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
         ValueError: If norms and labels do not belong together, a constant `momentum` is not in
-            (0, 1], a constant `every_k` is less than 1, a leaf does not fit its norm's layout, or
-            `params` is missing (at `update`).
+            (0, 1], a constant `every_k` is not a whole number of at least 1, a leaf does not fit
+            its norm's layout, or `params` is missing (at `update`).
 
     Example:
         >>> import jax.numpy as jnp, scion_jax
@@ -93,17 +94,18 @@ def scion_light(
     Source: [S] Pethick et al., arXiv:2502.07529, App. E.2.
     """
     check_momentum(momentum, momentum_dtype)
-    if isinstance(every_k, int) and every_k < 1:
-        raise ValueError(f"every_k must be at least 1; got {every_k}")
+    if is_number(every_k) and not (every_k >= 1 and every_k == int(every_k)):
+        raise ValueError(f"every_k must be a whole number, at least 1; got {every_k}")
     pull = optax.identity() if unconstrained else optax.add_decayed_weights(1.0)
     take_step = optax.with_extra_args_support(
         optax.chain(scale_by_lmos(norms, param_labels), pull, descend(learning_rate))
     )
 
     def init(params: Any) -> ScionLightState:
-        zero = jnp.zeros([], jnp.int32)
+        # An array for each field: donation takes none twice.
+        count, gathered = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         gradient_sum = optax.tree.zeros_like(params, dtype=momentum_dtype)
-        return ScionLightState(zero, zero, gradient_sum, take_step.init(params))
+        return ScionLightState(count, gathered, gradient_sum, take_step.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         gradient_sum = jax.tree.map(_add, updates, state.gradient_sum)
@@ -112,7 +114,7 @@ def scion_light(
             steps, inner = take_step.update(gradient_sum, state.inner_state, params, **extra_args)
             steps = jax.tree.map(lambda u, x: u.astype(x.dtype), steps, like)
             alpha = momentum(state.count) if callable(momentum) else momentum
-            decayed = jax.tree.map(lambda g: (1 - jnp.asarray(alpha, g.dtype)) * g, gradient_sum)
+            decayed = jax.tree.map(lambda g: remember(g, alpha), gradient_sum)
             count = jnp.asarray(optax.safe_increment(state.count))
             gathered = jnp.zeros_like(state.gathered)
             stored = _stored(decayed, state.gradient_sum)
@@ -124,7 +126,7 @@ def scion_light(
             return nothing, state._replace(gathered=state.gathered + 1, gradient_sum=stored)
 
         like = updates if params is None else params
-        if isinstance(every_k, int) and every_k == 1:  # no conditional to compile
+        if is_number(every_k) and every_k == 1:  # no conditional to compile
             return step(gradient_sum, state, like)
         due = state.gathered + 1 >= jnp.asarray(every_k, jnp.int32)
         return jax.lax.cond(due, step, wait, gradient_sum, state, like)
