@@ -4,6 +4,11 @@
     python examples/gpt.py --optimizer muon --out runs/muon
     python examples/gpt.py --data book.txt --out runs/book
 
+loss.csv and loss.png show the pairing of the average gradient with the direction of the step. To
+clip, take --rho from about the middle of what the unclipped optimizer showed:
+
+    python examples/gpt.py --optimizer unconstrained_clipped_scion --rho RHO --out runs/clipped
+
 The published learning rate and radii for nanoGPT (124M), on FineWeb token shards:
 
     python examples/gpt.py --data fineweb_train_*.bin --out runs/fineweb --optimizer scion \\
@@ -28,7 +33,7 @@ from tqdm import tqdm
 from gpt_checkpoint import RunFolder
 from gpt_data import BYTE_VOCABULARY, Corpus, load_corpus
 from gpt_optimizers import OPTIMIZERS
-from gpt_report import plot_losses
+from gpt_report import plot_history
 from gpt_settings import InputError, Settings, parse_settings
 from gpt_training import Trainer, TrainState, make_trainer
 
@@ -102,8 +107,8 @@ def train(
                 texts[0].random_windows(settings.seed, past, settings.batch, settings.sequence + 1)
                 for past in range(step - count, step)
             ]
-            state, losses = trainer.steps(state, np.stack(batches))
-            history.train.extend(losses.tolist())
+            state, progress = trainer.steps(state, np.stack(batches))
+            history.extend(*progress)
             bar.update(count * tokens_per_step)
             bar.set_postfix(loss=f"{history.train[-1]:.3f}", refresh=False)
             if step % settings.eval_every == 0 or step == settings.steps:
@@ -151,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         state = train(settings, trainer, folder, (text, held_out))
         unit = "byte" if corpus.vocabulary == BYTE_VOCABULARY else "token"
-        plot_losses(folder.history, folder.picture, f"GPT, {settings.optimizer}", unit)
+        rho = settings.rho if "rho" in defaults[settings.optimizer] else None
+        plot_history(folder.history, folder.picture, f"GPT, {settings.optimizer}", unit, rho)
     if folder.step < settings.steps:
         print(f"stopped after step {folder.step}; --resume continues from there")
         return

@@ -1,6 +1,10 @@
 """The optimizers that ``--optimizer`` chooses from, and the norm of every layer.
 
 To add one, write a function from a `Recipe` to an Optax transformation and register it below.
+
+To choose ρ for a clipped optimizer, one looks at the pairing ⟨d, w⟩ that its unclipped form shows.
+Only the clipped forms keep it in their state; but with a ρ below every pairing they never clip, and
+are the unclipped ones. So that is how Scion runs here.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +21,18 @@ from scion_jax import (
     Norm,
     Sign,
     Spectral,
+    almond,
+    clipped_scion,
     init_params,
     label_by_path,
-    scion,
+    scion_light,
+    unconstrained_clipped_scion,
     unconstrained_scion,
 )
 
 DECAYED_PART = 0.285  # of all steps, at the end, as in the published nanoGPT runs
+
+NEVER_CLIPS = 1e-30  # a ρ below every pairing
 
 # The role of each matrix by its path; the first pattern that matches decides.
 param_labels = label_by_path([("^embedding", "embedding"), ("^head", "head"), ("", "hidden")])
@@ -36,7 +45,7 @@ class Recipe:
     Attributes:
         schedule: The learning rate by step.
         norms: The norm of each label (scion family).
-        settings: The momentum and the weight decay among others.
+        settings: The momentum, ρ and the weight decay among others.
     """
 
     schedule: optax.Schedule
@@ -51,27 +60,54 @@ class Choice:
     Attributes:
         build: Makes the transformation.
         starts_on_ball: Whether `init_params` gives the initial parameters, rather than Flax.
-        defaults: Values of flags that suit the optimizer in the default run.
+        defaults: Values of flags that suit the optimizer in the default run; ρ if it clips.
+        accumulates: Whether it adds up the gradients of microbatches by itself.
     """
 
     build: Callable[[Recipe], optax.GradientTransformation]
     starts_on_ball: bool
     defaults: Mapping[str, float]
+    accumulates: bool = False
+
+
+def _of_family(
+    optimizer: Callable[..., optax.GradientTransformation], recipe: Recipe, **options: Any
+) -> optax.GradientTransformation:
+    """Calls an optimizer of the Scion family with the arguments that all of them take."""
+    momentum = recipe.settings.momentum
+    return optimizer(recipe.schedule, recipe.norms, param_labels, momentum=momentum, **options)
 
 
 def _scion(recipe: Recipe) -> optax.GradientTransformation:
-    momentum = recipe.settings.momentum
-    return scion(recipe.schedule, recipe.norms, param_labels, momentum=momentum)
+    """The same as `scion`, and shows its pairing."""
+    return _of_family(clipped_scion, recipe, rho=NEVER_CLIPS)
+
+
+def _clipped_scion(recipe: Recipe) -> optax.GradientTransformation:
+    return _of_family(clipped_scion, recipe, rho=recipe.settings.rho)
 
 
 def _unconstrained_scion(recipe: Recipe) -> optax.GradientTransformation:
-    return unconstrained_scion(
-        recipe.schedule,
-        recipe.norms,
-        param_labels,
-        momentum=recipe.settings.momentum,
-        weight_decay=recipe.settings.weight_decay,
-    )
+    """The same as `unconstrained_scion`, and shows its pairing.
+
+    With weight decay it has no clipped form: no ρ to choose, so no pairing to look at.
+    """
+    if recipe.settings.weight_decay:
+        return _of_family(unconstrained_scion, recipe, weight_decay=recipe.settings.weight_decay)
+    return _of_family(unconstrained_clipped_scion, recipe, rho=NEVER_CLIPS)
+
+
+def _unconstrained_clipped_scion(recipe: Recipe) -> optax.GradientTransformation:
+    return _of_family(unconstrained_clipped_scion, recipe, rho=recipe.settings.rho)
+
+
+def _scion_light(recipe: Recipe) -> optax.GradientTransformation:
+    """Makes the steps of `scion`; its one buffer is also the accumulator."""
+    return _of_family(scion_light, recipe, every_k=recipe.settings.accumulate)
+
+
+def _almond(recipe: Recipe) -> optax.GradientTransformation:
+    return _of_family(almond, recipe)
 
 
 def _adamw(recipe: Recipe) -> optax.GradientTransformation:
@@ -96,16 +132,19 @@ def _muon(recipe: Recipe) -> optax.GradientTransformation:
 
 
 # In the scion family, the learning rate times the radius is the step; a constrained optimizer needs
-# a radius that leaves the weights room to grow, hence a smaller learning rate.
+# a radius that leaves the weights room to grow, hence a smaller learning rate. ρ is about the
+# median of the pairings in a default run.
+CONSTRAINED = {"learning_rate": 2**-8, "hidden_radius": 4.0, "head_radius": 64.0}
+UNCONSTRAINED = {"learning_rate": 2**-5, "hidden_radius": 0.5, "head_radius": 8.0}
 OPTIMIZERS: dict[str, Choice] = {
-    "scion": Choice(
-        _scion, True, {"learning_rate": 2**-8, "hidden_radius": 4.0, "head_radius": 64.0}
+    "scion": Choice(_scion, True, CONSTRAINED),
+    "clipped_scion": Choice(_clipped_scion, True, CONSTRAINED | {"rho": 16.0}),
+    "unconstrained_scion": Choice(_unconstrained_scion, True, UNCONSTRAINED),
+    "unconstrained_clipped_scion": Choice(
+        _unconstrained_clipped_scion, True, UNCONSTRAINED | {"rho": 1.5}
     ),
-    "unconstrained_scion": Choice(
-        _unconstrained_scion,
-        True,
-        {"learning_rate": 2**-5, "hidden_radius": 0.5, "head_radius": 8.0},
-    ),
+    "scion_light": Choice(_scion_light, True, CONSTRAINED, accumulates=True),
+    "almond": Choice(_almond, True, UNCONSTRAINED),
     "adamw": Choice(_adamw, False, {"learning_rate": 0.004}),
     "muon": Choice(_muon, False, {"learning_rate": 0.02}),
 }
@@ -156,6 +195,8 @@ def prepare(
     choice = OPTIMIZERS[settings.optimizer]
     norms = layer_norms(settings)
     optimizer = choice.build(Recipe(learning_rate_schedule(settings), norms, settings))
+    if settings.accumulate > 1 and not choice.accumulates:
+        optimizer = optax.MultiSteps(optimizer, settings.accumulate).gradient_transformation()
     if choice.starts_on_ball:
         params = init_params(jax.random.key(settings.seed), params, norms, param_labels)
     return optimizer, params

@@ -71,7 +71,17 @@ class Settings:
         1.0, "radius of the embedding's column ball (scion family, untied)"
     )
     momentum: float = flag(0.1, "weight of the newest gradient in the average (scion family)")
-    weight_decay: float = flag(0.0, "decay where the optimizer has one (all but scion)")
+    weight_decay: float = flag(
+        0.0, "decay where the optimizer has one (unconstrained_scion, adamw, muon)"
+    )
+    rho: float = flag(
+        OWN,
+        "pairing below which steps get shorter (clipped optimizers): about the middle of what a "
+        "run of the unclipped optimizer logs",
+    )
+    accumulate: int = flag(
+        1, "microbatches that a batch is split into, whose gradients are added up for one step"
+    )
 
     eval_every: int = flag(200, "steps between two validation losses", fixed=False)
     eval_batches: int = flag(64, "batches in a validation loss", fixed=False)
@@ -91,8 +101,14 @@ class Settings:
                 f"--width {self.width} over --heads {self.heads}: the width of a head must be a "
                 "whole, even number (rotary embeddings turn pairs of channels)"
             )
-        if not self.temperature > 0:
-            raise InputError(f"--temperature must be positive, not {self.temperature}")
+        for name in ("temperature", "rho"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{flag_name(name)} must be positive, not {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise InputError(
+                f"--batch {self.batch} cannot be split into --accumulate {self.accumulate} equal "
+                "microbatches"
+            )
         if self.resume and self.overwrite:
             raise InputError("--resume keeps the run in --out, --overwrite replaces it: choose one")
 

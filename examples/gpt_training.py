@@ -14,6 +14,8 @@ from gpt_model import GPT
 from gpt_optimizers import prepare
 from gpt_settings import Settings
 
+SHOWN = ("pairing", "factor")  # kept in its state by an optimizer that clips by the pairing
+
 
 class TrainState(NamedTuple):
     """What a step changes.
@@ -27,6 +29,22 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
+class Progress(NamedTuple):
+    """What is logged of a step.
+
+    Attributes:
+        loss: The training loss in nats per token.
+        shown: Those of `SHOWN` that the optimizer keeps in its state.
+    """
+
+    loss: jax.Array
+    shown: dict[str, jax.Array]
+
+
+Forward = Callable[[Any, Tokens], jax.Array]  # from parameters and tokens
+Steps = Callable[[TrainState, Tokens], tuple[TrainState, Progress]]
+
+
 @dataclass(frozen=True)
 class Trainer:
     """A model and an optimizer as pure functions, each compiled once.
@@ -34,17 +52,85 @@ class Trainer:
     Attributes:
         initial: The state before the first step.
         steps: Maps a state and the tokens of some steps, ``(steps, batch, sequence + 1)``, to the
-            state after them and their losses; the memory of the old state is given to the new one.
-            Several steps in one call save the allocation of their temporaries, on a CPU a third of
-            the time.
+            state after them and their progress; the memory of the old state is given to the new
+            one. Several steps in one call save the allocation of their temporaries, on a CPU a
+            third of the time.
         loss: Maps parameters and tokens ``(batch, sequence + 1)`` to the loss in nats per token.
         sample: Maps parameters, a context ``(sequence,)`` and a random key to new tokens.
     """
 
     initial: TrainState
-    steps: Callable[[TrainState, Tokens], tuple[TrainState, jax.Array]]
-    loss: Callable[[Any, Tokens], jax.Array]
+    steps: Steps
+    loss: Forward
     sample: Callable[[Any, Tokens, jax.Array], jax.Array]
+
+
+def make_model(settings: Settings, vocabulary: int) -> tuple[Forward, Any]:
+    """Builds the model.
+
+    Args:
+        settings: The run's settings.
+        vocabulary: The number of different tokens.
+
+    Returns:
+        A function from parameters and tokens to logits, and the parameters as Flax starts them.
+    """
+    model = GPT(
+        vocabulary,
+        settings.width,
+        settings.layers,
+        settings.heads,
+        settings.tied,
+        nnx.Rngs(settings.seed),
+    )
+    structure, variables = nnx.split(model)
+
+    def logits(params: Any, tokens: Tokens) -> jax.Array:
+        return nnx.merge(structure, params)(tokens)
+
+    return logits, nnx.to_pure_dict(variables)
+
+
+def make_loss(logits: Forward) -> Forward:
+    """Writes `Trainer.loss`, not yet compiled, for the logits of a model."""
+
+    def loss(params: Any, tokens: Tokens) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, tokens[:, :-1]), tokens[:, 1:]
+        )
+        return losses.mean()
+
+    return loss
+
+
+def make_steps(loss: Forward, optimizer: optax.GradientTransformation, microbatches: int) -> Steps:
+    """Writes `Trainer.steps`, not yet compiled.
+
+    Args:
+        loss: `Trainer.loss`.
+        optimizer: Makes a step at every ``microbatches``-th call, and otherwise zero updates.
+        microbatches: The number of equal parts a batch is split into.
+
+    Returns:
+        The function.
+    """
+
+    def call(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Progress]:
+        value, gradient = jax.value_and_grad(loss)(state.params, tokens)
+        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
+        kept = {name: optax.tree.get(memory, name) for name in SHOWN}
+        shown = {name: number for name, number in kept.items() if number is not None}
+        state = TrainState(optax.apply_updates(state.params, updates), memory)
+        return state, Progress(value, shown)
+
+    def steps(state: TrainState, batches: Tokens) -> tuple[TrainState, Progress]:
+        count, batch, length = batches.shape
+        parts = batches.reshape(count * microbatches, batch // microbatches, length)
+        state, (losses, shown) = jax.lax.scan(call, state, parts)
+        shown = {name: numbers[microbatches - 1 :: microbatches] for name, numbers in shown.items()}
+        return state, Progress(losses.reshape(count, microbatches).mean(axis=1), shown)
+
+    return steps
 
 
 def make_trainer(settings: Settings, vocabulary: int) -> Trainer:
@@ -57,33 +143,10 @@ def make_trainer(settings: Settings, vocabulary: int) -> Trainer:
     Returns:
         The functions and the state to begin with.
     """
-    model = GPT(
-        vocabulary,
-        settings.width,
-        settings.layers,
-        settings.heads,
-        settings.tied,
-        nnx.Rngs(settings.seed),
-    )
-    structure, variables = nnx.split(model)
-    optimizer, params = prepare(settings, nnx.to_pure_dict(variables))
-
-    def logits(params: Any, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(structure, params)(tokens)
-
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits(params, tokens[:, :-1]), tokens[:, 1:]
-        )
-        return losses.mean()
-
-    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(state.params, tokens)
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), memory), value
-
-    def steps(state: TrainState, batches: jax.Array) -> tuple[TrainState, jax.Array]:
-        return jax.lax.scan(step, state, batches)
+    logits, flax_params = make_model(settings, vocabulary)
+    optimizer, params = prepare(settings, flax_params)
+    loss = make_loss(logits)
+    steps = make_steps(loss, optimizer, settings.accumulate)
 
     def sample(params: Any, context: jax.Array, key: jax.Array) -> jax.Array:
         def extend(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -152,11 +152,12 @@ def test_standard_library_is_the_same_text_every_time():
 
 
 @pytest.mark.parametrize("name", gpt_optimizers.OPTIMIZERS)
-def test_every_optimizer_learns(run, tmp_path, name, capsys):
+def test_every_optimizer_learns(run, tmp_path, name):
     # Optax's Adam divides by powers of an integer count, which strict promotion forbids.
     promotion = "standard" if name in ("adamw", "muon") else "strict"
     with jax.numpy_dtype_promotion(promotion):
-        text = run(name, "--optimizer", name, "--steps", "30", "--eval-every", "30")
+        flags = ["--steps", "30", "--eval-every", "30", "--sample-length", "0"]
+        text = run(name, "--optimizer", name, *flags)
     rows = list(csv.DictReader(text.split()))
     assert [int(row["step"]) for row in rows] == list(range(1, 31))
     losses = [float(row["train_loss"]) for row in rows]
@@ -164,7 +165,36 @@ def test_every_optimizer_learns(run, tmp_path, name, capsys):
     assert np.mean(losses[-5:]) < losses[0] - 0.5
     assert float(rows[-1]["validation_loss"]) < losses[0] - 0.5
     assert (tmp_path / name / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "continued by the model" in capsys.readouterr().out
+    check_pairings(name, rows)
+
+
+def check_pairings(name, rows):
+    """The clipped forms, as which Scion runs too, log what they clip by; the others do not."""
+    if name in ("adamw", "muon", "scion_light", "almond"):
+        assert set(rows[0]) == {"step", "train_loss", "validation_loss"}
+        return
+    pairings = np.array([float(row["pairing"]) for row in rows])
+    factors = [float(row["factor"]) for row in rows]
+    assert (pairings > 0).all()
+    rho = gpt_optimizers.OPTIMIZERS[name].defaults.get("rho", gpt_optimizers.NEVER_CLIPS)
+    np.testing.assert_allclose(factors, np.minimum(1, pairings / rho), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["unconstrained_clipped_scion", "scion_light"])
+def test_microbatches_make_the_steps_of_their_batch(name):
+    batches = np.arange(2 * 4 * 33, dtype=np.int32).reshape(2, 4, 33) % 256
+    flags = ["--optimizer", name]
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides floats by an integer count
+        (whole, expected), (split, progress) = (
+            trainer.steps(trainer.initial, batches)
+            for trainer, _ in (make_trainer(*flags), make_trainer(*flags, "--accumulate", "2"))
+        )
+    np.testing.assert_allclose(progress.loss, expected.loss, rtol=1e-5)
+    assert progress.shown.keys() == expected.shown.keys()
+    for shown, values in expected.shown.items():
+        np.testing.assert_allclose(progress.shown[shown], values, rtol=1e-4)
+    for one, other in zip(*map(jax.tree.leaves, (split.params, whole.params)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -218,7 +248,7 @@ def test_stopped_run_resumes_exactly(run, monkeypatch, capsys):
     assert run("crashed", "--resume", *flags) == expected
 
 
-def test_existing_run_is_neither_replaced_nor_confused(run, tmp_path):
+def test_existing_run_is_neither_replaced_nor_confused(run, tmp_path, capsys):
     with pytest.raises(InputError, match="no checkpoint"):
         run("one", "--resume")
     expected = run("one", "--sample-length", "0")
@@ -230,7 +260,8 @@ def test_existing_run_is_neither_replaced_nor_confused(run, tmp_path):
     with pytest.raises(InputError, match="--seed: 0 in the checkpoint, 1 now"):
         run("one", "--resume", "--seed", "1")
     assert (tmp_path / "one" / "loss.csv").read_text() == expected
-    assert run("one", "--overwrite", "--sample-length", "0") == expected
+    assert run("one", "--overwrite") == expected
+    assert "continued by the model" in capsys.readouterr().out
     assert (tmp_path / "one" / "notes.txt").read_text() == "mine"
 
 
@@ -243,6 +274,8 @@ def test_existing_run_is_neither_replaced_nor_confused(run, tmp_path):
         (["--width", "30", "--heads", "4"], "whole, even number"),
         (["--steps", "0"], "--steps must be positive"),
         (["--temperature", "0"], "--temperature must be positive"),
+        (["--rho", "0"], "--rho must be positive"),
+        (["--accumulate", "3"], "--batch 16 cannot be split into --accumulate 3"),
         (["--resume", "--overwrite"], "choose one"),
         (["--optimizer", "sgd"], "invalid choice"),
     ],
