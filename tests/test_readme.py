@@ -56,3 +56,18 @@ def test_choosing_rho(capsys):
     pairing, factor = capsys.readouterr().out.split()
     assert float(pairing) > 0
     assert float(factor) == 1
+
+
+def test_own_norm():
+    names = {}
+    exec(blocks()[2], names)
+    norm = names["EntrySum"](3.0, layout="bio")
+    d = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    v = norm.lmo(d)
+    assert float(norm.gauge(v)) == pytest.approx(1)
+    assert float(jnp.vdot(d, v)) == pytest.approx(float(norm.dual_norm(d)))
+    assert not bool(jnp.any(norm.lmo(jnp.zeros((2, 3, 4)))))
+    params = norm.init(jax.random.key(0), (2, 3, 4))
+    optimizer = clipped_scion(0.1, norm, rho=1.0, short_step=True)
+    updates, _ = optimizer.update(d, optimizer.init(params), params)
+    assert updates.shape == d.shape
