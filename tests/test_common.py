@@ -20,7 +20,6 @@ from scion_jax import (
     BiasRMS,
     ColNorm,
     Euclidean,
-    RowNorm,
     Sign,
     Spectral,
     almond,
@@ -84,11 +83,8 @@ DTYPES = ["float16", "bfloat16", "float32", "float64"]
 NORMS = {
     "embedding": ColNorm(),
     "hidden": Spectral(3.0),
-    "stacked": Spectral(3.0, layout="bio"),
     "head": Sign(30.0),
-    "gate": RowNorm(),
     "bias": BiasRMS(),
-    "rest": Euclidean(2.0),
 }
 LABELS = label_by_path([(f"^{label}", label) for label in NORMS])
 
@@ -97,14 +93,11 @@ every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIM
 
 def gaussian_tree(seed, dtype="float32"):
     shapes = {
-        "embedding": (10, 4),
-        "hidden": [(4, 6), (6, 4), (4, 4)],
-        "stacked": (3, 4, 4),
-        "head": (4, 10),
-        "gate": (4, 2),
+        "embedding": (6, 4),
+        "hidden": [(4, 6), (6, 4)],
+        "head": (4, 6),
         "bias": (6,),
-        "rest": (),
-        "rest_none": None,
+        "none": None,
     }
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -266,7 +259,7 @@ def test_dtypes_are_stable(x64, case, dtype):
     params = gaussian_tree(0, dtype)
     optimizer = build(case)
     state = optimizer.init(params)
-    updates, after = optimizer.update(params, state, params)
+    updates, after = jax.eval_shape(optimizer.update, params, state, params)
     assert types(updates) == types(params)
     assert types(after) == types(state)
 
@@ -293,7 +286,7 @@ def test_mixed_dtypes_and_a_momentum_of_its_own(case):
     for momentum_dtype in (None, jnp.float32, jnp.bfloat16):
         optimizer = build(case, momentum_dtype=momentum_dtype)
         state = optimizer.init(params)
-        updates, after = optimizer.update(params, state, params)
+        updates, after = jax.eval_shape(optimizer.update, params, state, params)
         assert types(updates) == types(params)
         assert types(after) == types(state)
         if momentum_dtype:
@@ -318,13 +311,14 @@ def test_multi_steps_is_the_mean_gradient(case):
 @every_optimizer
 def test_masked(case):
     params = gaussian_tree(0)
-    mask = jax.tree.map(lambda _: False, params) | {"hidden": [True, False, True]}
+    mask = jax.tree.map(lambda _: False, params) | {"hidden": [True, False]}
     optimizer = optax.masked(build(case), mask)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
-    whole, _ = build(case).update(params, build(case).init(params), params)
+    part = {"hidden": [params["hidden"][0]]}
+    alone, _ = build(case).update(part, build(case).init(part), part)
     np.testing.assert_array_equal(updates["head"], params["head"])
     np.testing.assert_array_equal(updates["hidden"][1], params["hidden"][1])
-    close(updates["hidden"][0], whole["hidden"][0])
+    close(updates["hidden"][0], alone["hidden"][0])
 
 
 @every_optimizer
@@ -333,8 +327,9 @@ def test_inside_multi_transform(case):
     labels = jax.tree.map(lambda _: "other", params) | {"hidden": "ours"}
     optimizer = optax.multi_transform({"ours": build(case), "other": optax.sgd(1.0)}, labels)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
-    whole, _ = build(case).update(params, build(case).init(params), params)
-    close(updates["hidden"], whole["hidden"])
+    part = {"hidden": params["hidden"]}
+    alone, _ = build(case).update(part, build(case).init(part), part)
+    close(updates["hidden"], alone["hidden"])
     np.testing.assert_allclose(updates["head"], -params["head"])
 
 
