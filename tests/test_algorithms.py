@@ -200,15 +200,3 @@ def test_twenty_steps(x64, monkeypatch, build, restatement, options):
     if "rho" in options:
         assert any(f < 1 for f in factors)
         assert any(f == 1 for f in factors)
-
-
-def test_weight_decay_of_one_is_scion(x64):
-    params = jax.tree.map(jnp.asarray, gaussian(0))
-    one = scion(0.1, our_norms(), LABELS)
-    other = unconstrained_scion(0.1, our_norms(), LABELS, weight_decay=1.0)
-    for a, b in zip(
-        jax.tree.leaves(one.update(params, one.init(params), params)[0]),
-        jax.tree.leaves(other.update(params, other.init(params), params)[0]),
-        strict=True,
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
