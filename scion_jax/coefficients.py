@@ -1,17 +1,19 @@
 """Coefficients of the Newton–Schulz iteration, and what they guarantee.
 
 One step maps every singular value by the odd quintic `p(σ) = aσ + bσ³ + cσ⁵`; a set is a sequence
-of steps. The input is normalized to Frobenius norm 1, so singular values start in [0, 1], and all
-that matters about a set is its composition on that interval: how high it rises (above 1 the result
-leaves the norm ball, and a constrained iterate with it) and how low it dips (below 1 the direction
-is worth less). `image` computes both bounds exactly.
+of steps. The input is divided by a norm that bounds its singular values, so they start in [0, 1],
+and all that matters about a set is its composition on that interval: how high it rises (above 1 the
+result leaves the norm ball, and a constrained iterate with it) and how low it dips (below 1 the
+direction is worth less). `image` computes both bounds exactly.
 
 `minimax`, the default, was found by the greedy construction of Polar Express (Amsel et al.,
 arXiv:2505.16932, Algorithm 1): step by step, the quintic closest to 1 on the interval that the
 steps before have left. The published set is made for σ ≥ 1e-3; once divided by its supremum, its
-five steps dip to 0.78. Made for σ ≥ 5e-3 instead, five steps dip to 0.998 only. It is also kinder
-to bfloat16: the first quintic then presses large σ down to 0.04 and not to 0.008, where rounding
-would wipe them out. The price is a smaller slope at 0: p(0.001) = 0.39 in place of 0.76.
+five steps dip to 0.78. Made for σ ≥ 1e-2 instead, four steps dip to 0.969 only, for a fifth less
+work. It is also kinder to bfloat16: the first quintic then presses large σ down to 0.08 and not to
+0.008, where rounding would wipe them out. The price is a smaller slope at 0, p(0.001) = 0.15 in
+place of 0.76. Most of that comes back by dividing the matrix by its Schatten-4 norm instead of its
+Frobenius norm (see `newton_schulz`), which is several times smaller unless few σ dominate.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from scion_jax import numerics
 
 Step = tuple[float, float, float]
 
@@ -36,14 +40,13 @@ _POLAR_EXPRESS = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 
-# The same construction for σ in [5e-3, 1], each step but the last fitted to an interval 2 % longer
-# than the one before it leaves, so that bfloat16 rounding cannot push a singular value out of it.
+# The same construction for σ in [1e-2, 1] in four steps, each but the last fitted to an interval
+# 2 % longer than the one before it leaves, so that bfloat16 rounding cannot push any σ out of it.
 _MINIMAX = (
-    (8.140029491872129, -23.036751298422647, 16.396678005632264),
-    (3.8517680394412595, -2.763958466459374, 0.508395867400304),
-    (3.1585933843647425, -2.2836983309739143, 0.4576638525339637),
-    (2.198054105045236, -1.5351890016551943, 0.3822071926216987),
-    (1.8851722126722263, -1.2612566074245413, 0.3761274318115831),
+    (7.942387822879971, -22.287293489435772, 15.823857209404917),
+    (3.587511834648133, -2.5844606526845846, 0.4893435822285051),
+    (2.6603798032594312, -1.9134394961982137, 0.41942154771679),
+    (1.968844582500199, -1.3507358256284538, 0.38520753143376557),
 )
 
 # The quintic with p(1) = 1 and p'(1) = p''(1) = 0: cubic convergence to 1 from anywhere in (0, 1].
@@ -115,12 +118,13 @@ def resolve(coefficients: str | Sequence[Step], steps: int | None) -> tuple[Step
     """Looks up or checks a set of coefficients and gives it the asked number of steps.
 
     `"quintic"` repeats its only row and stays raw. `"minimax"` and `"polar_express"` go on with
-    the convergent quintic (15/8, −10/8, 3/8) past five steps and are made `feasible` at any number
-    of steps. A given sequence is used as it is; past its end its last step repeats.
+    the convergent quintic (15/8, −10/8, 3/8) past their last step and are made `feasible` at any
+    number of steps. A given sequence is used as it is; past its end its last step repeats.
 
     Args:
         coefficients: `"minimax"`, `"polar_express"`, `"quintic"`, or the steps `(a, b, c)`.
-        steps: Number of steps, or None: 5 for a name, the length of a given sequence.
+        steps: Number of steps, or None: 4 for `"minimax"`, 5 for the other names, the length of a
+            given sequence.
 
     Returns:
         One `(a, b, c)` per step.
@@ -129,12 +133,9 @@ def resolve(coefficients: str | Sequence[Step], steps: int | None) -> tuple[Step
         TypeError: If `coefficients` is not a name or a sequence of three numbers per step.
         ValueError: If the name is unknown, the sequence is empty, or `steps` is less than 1.
     """
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
-        raise TypeError(f"steps is a whole number or None; got {steps!r}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
+    numerics.check_whole("steps", steps)
     if isinstance(coefficients, str):
-        count = 5 if steps is None else steps
+        count = (4 if coefficients == "minimax" else 5) if steps is None else steps
         if coefficients == "quintic":
             return (_QUINTIC,) * count
         if coefficients == "minimax":

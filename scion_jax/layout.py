@@ -79,6 +79,16 @@ class Axes:
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.batch)
 
     @property
+    def stored(self) -> Axes:
+        """These axes, with inputs and outputs swapped if the inputs come first in the array.
+
+        The matrix view is then `W` or `Wᵀ`, whichever does not move entries around.
+        """
+        if not (self.columns and self.output) or self.output[0] < self.columns[0]:
+            return self
+        return dataclasses.replace(self, output=self.columns, input=self.output, window=())
+
+    @property
     def _order(self) -> tuple[int, ...]:
         return self.batch + self.output + self.columns
 

@@ -2,37 +2,51 @@
 
 `U Vᵀ` is the LMO of the spectral norm: it maximizes `⟨M, X⟩` over `‖X‖_{S∞} ≤ 1`, and the maximum
 is the nuclear norm of `M`. Newton–Schulz approximates it with matrix products only, by applying an
-odd polynomial to the singular values until all that matter are near 1 (see `coefficients`).
+odd polynomial to the singular values until all that matter are near 1 (see `coefficients` and
+`newton_schulz`).
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
-from scion_jax import batching, numerics, sharding
+from scion_jax import newton_schulz, numerics, sharding
+from scion_jax.batching import map_stacks
 from scion_jax.coefficients import Step, resolve
+from scion_jax.newton_schulz import Arithmetic
+from scion_jax.stack import Stack
+
+_CHUNK_BYTES_CPU = 2**23
+_CHUNK_BYTES = 2**28
 
 
 class Orthogonalizer(abc.ABC):
     """What `Spectral` needs: polar factors of a stack of matrices."""
 
+    @property
+    def largest_chunk(self) -> int:
+        """Bytes of the matrices that are worked on at the same time (at least one matrix).
+
+        Longer stacks go through in chunks, so that temporary memory is bounded.
+        """
+        return _CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else _CHUNK_BYTES
+
     @abc.abstractmethod
-    def polar(self, matrices: jax.Array) -> jax.Array:
+    def polar(self, stack: Stack) -> Stack:
         """Maps each matrix `U Σ Vᵀ` to (about) `U Vᵀ`.
 
         Args:
-            matrices: Shape `(batch, rows, columns)` with `rows ≤ columns`; float32 or float64.
+            stack: Matrices of one shape, lying or standing; float32 or float64. An implementation
+                that treats both alike is `stack.map(…)` of a function of `(batch, p, q)`.
 
         Returns:
-            The polar factors, of the same shape and dtype. Zero gives zero; a matrix with a NaN or
+            The polar factors, of the same shapes and dtype. Zero gives zero; a matrix with a NaN or
             an infinity gives NaN, the others are not touched by it.
         """
 
@@ -41,28 +55,34 @@ class Orthogonalizer(abc.ABC):
 class NewtonSchulz(Orthogonalizer):
     """Newton–Schulz iteration with odd quintic polynomials.
 
-    The matrix is divided by its Frobenius norm; each step is, with `A = X Xᵀ`,
+    The matrix is divided by a Schatten norm; each step is, with `A = X Xᵀ`,
 
         X ← a X + (b A + c A²) X
 
     so a singular value σ becomes `aσ + bσ³ + cσ⁵`. The default set keeps every singular value of
-    the result at most 1, and at least 0.998 for σ ≥ 0.005 of the normalized matrix.
+    the result at most 1, and at least 0.97 for σ ≥ 0.01 of the normalized matrix. How the products
+    are organized (`newton_schulz`) follows from the matrix' shape and the dtype.
 
     Attributes:
         coefficients: `"minimax"` (default), `"polar_express"` (the published set, divided by its
             supremum), `"quintic"` (Muon's and the published Scion's, raw: up to 1.202), or one
             `(a, b, c)` per step, used as given. A set that grows fast beyond σ = 1 needs a safety
             factor in low precision: `coefficients.with_safety`.
-        steps: Number of steps; None means 5 for a name and the length of a given sequence. After
-            construction it is the number.
-        compute_dtype: Dtype of the matrix products' operands; they accumulate in at least float32.
-            None means the input's, at least float32, multiplied as `jax.default_matmul_precision`
-            says. `jnp.bfloat16` is faster on most accelerators; singular values then exceed 1 by
-            up to 1e-2.
+        steps: Number of steps; None means 4 for `"minimax"`, 5 for the other names, and the length
+            of a given sequence. After construction it is the number.
+        compute_dtype: Dtype of the matrix products' factors; sums are taken in at least float32.
+            None means bfloat16 on accelerators, where singular values then exceed 1 by up to 1e-2,
+            and the input's (at least float32) on CPUs, and for float64 everywhere.
+        schatten: Which Schatten norm is divided by: 2, the Frobenius norm, as published, or 4,
+            which is closer to the largest singular value and leaves the others further from 0.
+            None means 2 for `"quintic"` and given sequences, else 4.
+        chunk_bytes: Size of the matrices that are iterated at the same time, at least one matrix;
+            temporary memory is a few times that. None means 8 MiB on CPUs and 256 MiB elsewhere.
 
     Raises:
         TypeError: If a field has the wrong type.
-        ValueError: If the name is unknown or `steps` is less than 1.
+        ValueError: If the name is unknown, `steps` or `chunk_bytes` is less than 1, or `schatten`
+            is neither 2 nor 4.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,6 +98,8 @@ class NewtonSchulz(Orthogonalizer):
     coefficients: str | Sequence[Step] = "minimax"
     steps: int | None = None
     compute_dtype: DTypeLike | None = None
+    schatten: int | None = None
+    chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
         rows = resolve(self.coefficients, self.steps)
@@ -89,34 +111,60 @@ class NewtonSchulz(Orthogonalizer):
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"compute_dtype must be a floating dtype; got {dtype}")
             object.__setattr__(self, "compute_dtype", dtype)
+        if self.schatten is None:
+            named = self.coefficients in ("minimax", "polar_express")
+            object.__setattr__(self, "schatten", 4 if named else 2)
+        if self.schatten not in (2, 4):
+            raise ValueError(f"schatten is 2 (Frobenius), 4, or None; got {self.schatten!r}")
+        numerics.check_whole("chunk_bytes", self.chunk_bytes)
 
-    def polar(self, matrices: jax.Array) -> jax.Array:
+    @property
+    def largest_chunk(self) -> int:
+        """Bytes of the matrices that are iterated at the same time; see `chunk_bytes`."""
+        return super().largest_chunk if self.chunk_bytes is None else self.chunk_bytes
+
+    def arithmetic(self, dtype: DTypeLike) -> Arithmetic:
+        """Chooses how matrices of a dtype, float32 or float64, are multiplied.
+
+        Args:
+            dtype: Dtype of the matrices.
+
+        Returns:
+            The dtypes of factors and sums.
+        """
+        narrow = self.compute_dtype
+        if narrow is None:
+            accelerated = jax.default_backend() != "cpu" and jnp.dtype(dtype) == jnp.float32
+            narrow = jnp.bfloat16 if accelerated else dtype
+        return Arithmetic(jnp.dtype(narrow), numerics.widest(narrow, jnp.float32))
+
+    def flops(self, rows: int, columns: int, dtype: DTypeLike = jnp.float32) -> int:
+        """Counts the floating-point operations of the matrix products for one matrix.
+
+        Args:
+            rows: Number of rows.
+            columns: Number of columns.
+            dtype: Dtype of the matrix.
+
+        Returns:
+            Multiplications and additions.
+
+        Example:
+            >>> NewtonSchulz("quintic", 5).flops(128, 128) == 5 * 3 * 2 * 128**3
+            True
+        """
+        small, large = sorted((rows, columns))
+        count = len(resolve(self.coefficients, self.steps))
+        return newton_schulz.flops(small, large, count, self.arithmetic(dtype).narrow)
+
+    def polar(self, stack: Stack) -> Stack:
         """Runs the iteration; see `Orthogonalizer.polar`."""
-        return _newton_schulz(
-            matrices,
-            resolve(self.coefficients, self.steps),
-            matrices.dtype if self.compute_dtype is None else jnp.dtype(self.compute_dtype),
-        )
+        rows = resolve(self.coefficients, self.steps)
+        return _newton_schulz(stack, rows, self.schatten or 2, self.arithmetic(stack.dtype))
 
 
-# Compiled on its own, so that calls outside of jit do not compile the loop anew each time.
-@functools.partial(jax.jit, static_argnames=("rows", "narrow"))
-def _newton_schulz(matrices: jax.Array, rows: tuple[Step, ...], narrow: jnp.dtype) -> jax.Array:
-    wide = numerics.widest(narrow, jnp.float32)
-
-    def product(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.matmul(left, right, preferred_element_type=wide)
-
-    def step(x: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
-        a, b, c = row
-        gram = product(x, x.mT).astype(narrow)
-        polynomial = b * gram.astype(wide) + c * product(gram, gram)
-        x = a * x.astype(wide) + product(polynomial.astype(narrow), x)
-        return x.astype(narrow), None
-
-    x = numerics.normalize(matrices, (1, 2)).astype(narrow)
-    x, _ = jax.lax.scan(step, x, jnp.asarray(np.array(rows), wide))
-    return x.astype(matrices.dtype)
+# Compiled on its own, so that calls outside of jit do not compile the iteration anew each time.
+_newton_schulz = jax.jit(newton_schulz.newton_schulz, static_argnums=(1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +181,17 @@ class ExactPolar(Orthogonalizer):
                [0., 0.]], dtype=float32)
     """
 
-    def polar(self, matrices: jax.Array) -> jax.Array:
+    def polar(self, stack: Stack) -> Stack:
         """Decomposes each matrix; see `Orthogonalizer.polar`."""
-        u, sigma, vt = jnp.linalg.svd(numerics.normalize(matrices, (1, 2)), full_matrices=False)
-        rounding = jnp.finfo(matrices.dtype).eps * matrices.shape[-1]
-        negligible = sigma <= rounding * jnp.max(sigma, axis=-1, keepdims=True)
-        u = u * jnp.where(negligible, 0, jnp.ones_like(sigma))[:, None, :]
-        return jnp.matmul(u, vt, precision=jax.lax.Precision.HIGHEST)
+        return stack.map(_exact_polar)
+
+
+def _exact_polar(matrices: jax.Array) -> jax.Array:
+    u, sigma, vt = jnp.linalg.svd(numerics.normalize(matrices, (1, 2)), full_matrices=False)
+    rounding = jnp.finfo(matrices.dtype).eps * max(matrices.shape[1:])
+    negligible = sigma <= rounding * jnp.max(sigma, axis=-1, keepdims=True)
+    u = u * jnp.where(negligible, 0, jnp.ones_like(sigma))[:, None, :]
+    return jnp.matmul(u, vt, precision=jax.lax.Precision.HIGHEST)
 
 
 def orthogonalize(matrix: jax.Array, orthogonalizer: Orthogonalizer | None = None) -> jax.Array:
@@ -190,6 +242,12 @@ def orthogonalize_stacks(
     Returns:
         The polar factors, in the same order, shapes and dtypes.
     """
-    return batching.map_stacks(
-        lambda stack: orthogonalizer.polar(stack) if stack.size else stack, batches
+    return map_stacks(
+        lambda stack: stack if _empty(stack) else orthogonalizer.polar(stack),
+        batches,
+        orthogonalizer.largest_chunk,
     )
+
+
+def _empty(stack: Stack) -> bool:
+    return not any(part.size for part in stack.parts)

@@ -19,33 +19,37 @@ import jax
 import jax.numpy as jnp
 
 from scion_jax import numerics
+from scion_jax.stack import Stack
+from scion_jax.symmetric import symmetric_product
 
 _SQUARINGS = 6
 
 
 @jax.jit
-def spectral_norm_bound(matrices: jax.Array) -> jax.Array:
+def spectral_norm_bound(stack: Stack) -> jax.Array:
     """Bounds the largest singular value of each matrix from above.
 
     Args:
-        matrices: Shape `(batch, rows, columns)` with `rows ≤ columns`; float32 or float64.
+        stack: Matrices of one shape, float32 or float64.
 
     Returns:
-        Shape `(batch,)`: between `σ_max` and `rows^(1/256) σ_max`, up to rounding. Zero for zero.
+        Shape `(batch,)`, the lying matrices first: between `σ_max` and `n^(1/256) σ_max`, up to
+        rounding, for `n` the smaller side. Zero for zero.
     """
     norm = functools.partial(numerics.vector_norm, axes=(1, 2))
-    size = norm(matrices)
-    x = matrices / numerics.nonzero(size)
+    size = jnp.concatenate([norm(part) for part in stack.parts])
+    x = stack.map(jnp.divide, stack.split(numerics.nonzero(size)))
     # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range. The powers of the
     # divisors multiply up to the norm sought: each counts half as much as the one before it.
     # Full precision on accelerators too: a bound that rounding makes low is none.
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    power = product(x, x.mT)
+    symmetric = functools.partial(symmetric_product, product=product)
+    power = x.gram(symmetric)
     bound = size
     for k in range(_SQUARINGS + 1):
         scale = norm(power)
         bound = bound * scale ** (1 / 2 ** (k + 1))
         if k < _SQUARINGS:
             power = power / numerics.nonzero(scale)
-            power = product(power, power)
+            power = symmetric(power, power)
     return jnp.reshape(bound, bound.shape[:1])

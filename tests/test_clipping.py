@@ -18,6 +18,7 @@ from scion_jax import (
     unconstrained_clipped_scion,
 )
 from scion_jax.spectral_bound import spectral_norm_bound
+from scion_jax.stack import Stack
 
 pytestmark = pytest.mark.fast
 
@@ -98,9 +99,12 @@ def test_spectral_norm_bound(rows):
     stack[2] = np.outer(rng.standard_normal(rows), rng.standard_normal(80))
     stack[3] *= 1e25
     stack[4] = 0
-    bound, exact = spectral_norm_bound(jnp.asarray(stack)), np.linalg.norm(stack, 2, axis=(1, 2))
-    assert np.all(bound >= exact * (1 - 1e-5))
-    assert np.all(bound <= exact * rows ** (1 / 256) * (1 + 1e-5))
+    exact = np.linalg.norm(stack, 2, axis=(1, 2))
+    wide = jnp.asarray(stack)
+    for both in (Stack(wide, None), Stack(None, wide.mT), Stack(wide[:2], wide[2:].mT)):
+        bound = spectral_norm_bound(both)
+        assert np.all(bound >= exact * (1 - 1e-5))
+        assert np.all(bound <= exact * rows ** (1 / 256) * (1 + 1e-5))
 
 
 @pytest.mark.parametrize("norm", [Spectral(3.0), Auto(3.0), Sign(2.0)])

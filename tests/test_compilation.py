@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from scion_jax import Auto, Spectral, scion
+from scion_jax import Auto, NewtonSchulz, Spectral, scion
 from scion_jax.orthogonalize import _newton_schulz
 
 pytestmark = pytest.mark.fast
@@ -23,16 +23,30 @@ def lowered(layers):
     return jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
 
 
-@pytest.mark.parametrize("layers", [1, 8])
-def test_one_loop_per_shape(layers):
-    text = lowered(layers).as_text()
-    assert text.count("stablehlo.while") == 2
-    assert text.count("stablehlo.dot_general") == 2 * 3
+def test_products_do_not_grow_with_depth():
+    direct = 3  # one loop over the steps: X Xᵀ, its square, and their polynomial times X
+    gram = 2 + (4 * 4 - 3) + 2  # either orientation's Gram matrices, all steps, and times X
+    for layers in (1, 8):
+        assert lowered(layers).as_text().count("stablehlo.dot_general") == direct + gram
+    compiled = [len(re.findall(r" dot\(", lowered(n).compile().as_text())) for n in (2, 8)]
+    assert compiled[0] == compiled[1]
 
 
-def test_matrix_products_do_not_grow_with_depth():
-    counts = [len(re.findall(r" dot\(", lowered(n).compile().as_text())) for n in (2, 8)]
-    assert counts[0] == counts[1]
+def test_long_stacks_go_through_a_loop():
+    """Chunks bound temporary memory, and are traced once however many there are."""
+    method = NewtonSchulz(chunk_bytes=2 * 32 * 32 * 4)
+    optimizer = scion(0.1, Auto(orthogonalizer=method))
+
+    def plan(layers):
+        params = {str(index): jnp.ones((32, 32)) for index in range(layers)}
+        step = jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
+        memory = step.compile().memory_analysis()
+        return step.as_text().count("stablehlo.dot_general"), memory.temp_size_in_bytes
+
+    (products, temporaries), (same_products, more_temporaries) = plan(8), plan(32)
+    assert products == same_products
+    updates = (32 - 8) * 32 * 32 * 4
+    assert more_temporaries - temporaries <= 1.05 * updates
 
 
 def test_eager_calls_do_not_compile_the_iteration_again():

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from scion_jax import sharding
-from scion_jax.batching import map_stacks
+from scion_jax.batching import measure_stacks
 from scion_jax.layout import Axes
 from scion_jax.norms.base import Norm
 from scion_jax.orthogonalize import NewtonSchulz, Orthogonalizer, orthogonalize_stacks
 from scion_jax.spectral_bound import spectral_norm_bound
+from scion_jax.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +58,9 @@ class Spectral(Norm):
 
     def unit_lmo_leaves(self, ds: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
         """Computes `c · U Vᵀ`, one iteration for all matrices of one shape."""
-        matrices = [a.to_matrices(sharding.replicate(d)) for d, a in zip(ds, axes, strict=True)]
-        polars = orthogonalize_stacks(matrices, self.orthogonalizer)
+        polars = orthogonalize_stacks(_matrices(ds, axes), self.orthogonalizer)
         return [
-            self._unit_radius(a) * a.from_matrices(polar)
+            self._unit_radius(a) * a.stored.from_matrices(polar)
             for polar, a in zip(polars, axes, strict=True)
         ]
 
@@ -70,10 +70,11 @@ class Spectral(Norm):
 
     def unit_gauge_bounds(self, xs: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
         """Bounds the largest singular values, those of one shape together, and divides by `c`."""
-        matrices = [a.to_matrices(sharding.replicate(x)) for x, a in zip(xs, axes, strict=True)]
-        bounds = map_stacks(
-            lambda stack: spectral_norm_bound(stack) if stack.size else jnp.zeros(stack.shape[:1]),
-            matrices,
+        bounds = measure_stacks(
+            lambda stack: (
+                spectral_norm_bound(stack) if stack.small else jnp.zeros(sum(stack.sizes))
+            ),
+            _matrices(xs, axes),
         )
         return [
             bound.astype(x.dtype) / self._unit_radius(a)
@@ -132,6 +133,15 @@ class SpectralConv(Spectral):
                 "such as 'sio' (Conv1d) or 'oiss' (PyTorch Conv2d)"
             )
         return axes
+
+
+def _bounds(stack: Stack) -> jax.Array:
+    return spectral_norm_bound(stack) if stack.small else jnp.zeros(sum(stack.sizes))
+
+
+def _matrices(arrays: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+    """Views arrays as matrices or as their transposes, whose polar factors are transposed too."""
+    return [a.stored.to_matrices(sharding.replicate(x)) for x, a in zip(arrays, axes, strict=True)]
 
 
 def _singular_values(array: jax.Array, axes: Axes) -> jax.Array:
