@@ -15,6 +15,11 @@ The published learning rate and radii for nanoGPT (124M), on FineWeb token shard
         --tied --width 768 --layers 12 --heads 6 --sequence 1024 \\
         --learning-rate 0.00024414 --hidden-radius 50 --head-radius 3000
 
+On several devices, or on one CPU that acts as eight; a run may be resumed on any other mesh:
+
+    python examples/gpt.py --mesh data=2,fsdp=4 --out runs/mesh
+    python examples/gpt.py --mesh fsdp=8 --fake-devices 8 --out runs/mesh
+
 The last tenth of the text is held out for the validation loss. Ctrl-C stops after the steps under
 way and keeps everything; --resume then continues as if nothing had happened.
 """
@@ -32,6 +37,7 @@ from tqdm import tqdm
 
 from gpt_checkpoint import RunFolder
 from gpt_data import BYTE_VOCABULARY, Corpus, load_corpus
+from gpt_mesh import describe, make_mesh, simulate_devices, use_mesh
 from gpt_optimizers import OPTIMIZERS
 from gpt_report import plot_history
 from gpt_settings import InputError, Settings, parse_settings
@@ -142,19 +148,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; None means ``sys.argv``.
 
     Raises:
-        InputError: If the command line, the data or the output folder does not allow a run.
+        InputError: If the command line, the devices, the data or the output folder does not allow a
+            run.
     """
     defaults = {name: choice.defaults for name, choice in OPTIMIZERS.items()}
     settings = parse_settings(arguments, __doc__ or "", defaults)
+    simulate_devices(settings.fake_devices)
+    mesh = make_mesh(settings.mesh)  # first: a run is not replaced for one that cannot begin
     corpus = load_corpus(settings.data)
     text, held_out = corpus.split()
     with RunFolder(settings, {"tokens": len(corpus)}) as folder:
-        trainer = make_trainer(settings, corpus.vocabulary)
+        if mesh:
+            print(describe(mesh))
+        trainer = make_trainer(settings, corpus.vocabulary, mesh)
         count = sum(leaf.size for leaf in jax.tree.leaves(trainer.initial.params))
         print(
             f"{count:,} parameters, {len(text):,} training and {len(held_out):,} validation tokens"
         )
-        state = train(settings, trainer, folder, (text, held_out))
+        with use_mesh(mesh):
+            state = train(settings, trainer, folder, (text, held_out))
         unit = "byte" if corpus.vocabulary == BYTE_VOCABULARY else "token"
         rho = settings.rho if "rho" in defaults[settings.optimizer] else None
         plot_history(folder.history, folder.picture, f"GPT, {settings.optimizer}", unit, rho)
@@ -162,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"stopped after step {folder.step}; --resume continues from there")
         return
     if settings.sample_length:
-        print_sample(settings, trainer, state.params, held_out)
+        with use_mesh(mesh):
+            print_sample(settings, trainer, state.params, held_out)
     loss = folder.history.validation[settings.steps]
     print(f"final validation loss: {loss:.4f} nats per {unit}; see {folder.picture}")
 

@@ -2,8 +2,9 @@
 
 A checkpoint holds everything that the next step depends on: parameters, optimizer state and the
 number of steps made, of which data position and random state are functions (see `gpt_data`). Beside
-them it holds the losses so far and the settings. Orbax gives a checkpoint its final name only after
-writing it in full, so whatever stops the program, the newest one is whole.
+them it holds the losses so far and the settings, but not the mesh: what was written on one is read
+onto any other. Orbax gives a checkpoint its final name only after writing it in full, so whatever
+stops the program, the newest one is whole.
 """
 
 import shutil
@@ -72,7 +73,12 @@ class RunFolder:
         self.history = History.from_json(run["history"])
 
     def restore(self, initial: TrainState) -> TrainState:
-        """Returns the state of the newest checkpoint, or ``initial`` if there is none."""
+        """Returns the state of the newest checkpoint, or ``initial`` if there is none.
+
+        Args:
+            initial: The state before the first step; every array is read onto the devices on which
+                its counterpart here lies.
+        """
         if not self.step:
             return initial
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, initial)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gpt_mesh import split_batch
 from scion_jax import scaled_relu_squared
 
 ROTARY_BASE = 10_000.0
@@ -115,8 +116,8 @@ class GPT(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens ``(batch, sequence)`` to logits ``(batch, sequence, vocabulary)``."""
-        x = rms_norm(self.embedding(tokens))
+        x = split_batch(rms_norm(self.embedding(tokens)))
         for block in self.blocks:
-            x = block(x)
+            x = split_batch(block(x))
         x = rms_norm(x)
         return self.embedding.attend(x) if self.head is None else self.head(x)

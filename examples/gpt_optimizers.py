@@ -15,6 +15,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from gpt_mesh import spread_axes
 from gpt_settings import Settings
 from scion_jax import (
     ColNorm,
@@ -46,11 +47,13 @@ class Recipe:
         schedule: The learning rate by step.
         norms: The norm of each label (scion family).
         settings: The momentum, ρ and the weight decay among others.
+        shard_over: The mesh axes over which LMOs are shared out (scion family), or None.
     """
 
     schedule: optax.Schedule
     norms: Mapping[str, Norm]
     settings: Settings
+    shard_over: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,14 @@ def _of_family(
     optimizer: Callable[..., optax.GradientTransformation], recipe: Recipe, **options: Any
 ) -> optax.GradientTransformation:
     """Calls an optimizer of the Scion family with the arguments that all of them take."""
-    momentum = recipe.settings.momentum
-    return optimizer(recipe.schedule, recipe.norms, param_labels, momentum=momentum, **options)
+    return optimizer(
+        recipe.schedule,
+        recipe.norms,
+        param_labels,
+        momentum=recipe.settings.momentum,
+        shard_over=recipe.shard_over,
+        **options,
+    )
 
 
 def _scion(recipe: Recipe) -> optax.GradientTransformation:
@@ -194,7 +203,8 @@ def prepare(
     """
     choice = OPTIMIZERS[settings.optimizer]
     norms = layer_norms(settings)
-    optimizer = choice.build(Recipe(learning_rate_schedule(settings), norms, settings))
+    recipe = Recipe(learning_rate_schedule(settings), norms, settings, spread_axes(settings.mesh))
+    optimizer = choice.build(recipe)
     if settings.accumulate > 1 and not choice.accumulates:
         optimizer = optax.MultiSteps(optimizer, settings.accumulate).gradient_transformation()
     if choice.starts_on_ball:

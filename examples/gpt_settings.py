@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MESH_AXES = ("data", "fsdp", "tensor")
+
+MAY_BE_ZERO = ("seed", "sample_length", "fake_devices")
+
 # Stands for a default that depends on the optimizer; `parse_settings` replaces it.
 OWN = math.nan
 
@@ -34,6 +38,32 @@ def flag(default: Any, text: str, *, fixed: bool = True, **options: Any) -> Any:
     """
     metadata = {"help": text, "fixed": fixed, "options": options}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads the value of ``--mesh``.
+
+    Args:
+        text: Such as ``data=2,fsdp=4``.
+
+    Returns:
+        The sizes by name, in the order of `MESH_AXES`.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is anything else.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not NAME=SIZE with a name out of {', '.join(MESH_AXES)} and a "
+                "positive size"
+            )
+        if name in sizes:
+            raise argparse.ArgumentTypeError(f"{name} is named twice in {text!r}")
+        sizes[name] = int(size)
+    return {name: sizes[name] for name in MESH_AXES if name in sizes}
 
 
 @dataclass(frozen=True)
@@ -83,6 +113,19 @@ class Settings:
         1, "microbatches that a batch is split into, whose gradients are added up for one step"
     )
 
+    mesh: Mapping[str, int] | None = flag(
+        None,
+        "train on several devices: data and fsdp split the batch, fsdp and tensor the matrices; "
+        "the sizes multiply to the number of devices used, as in fsdp=8 or data=2,fsdp=2,tensor=2; "
+        "--resume may change it (default: one device)",
+        fixed=False,
+        type=parse_mesh,
+        metavar="NAME=SIZE,...",
+    )
+    fake_devices: int = flag(
+        0, "have the CPU act as this many devices; 0: take the devices there are", fixed=False
+    )
+
     eval_every: int = flag(200, "steps between two validation losses", fixed=False)
     eval_batches: int = flag(64, "batches in a validation loss", fixed=False)
     checkpoint_every: int = flag(300, "steps between two checkpoints", fixed=False)
@@ -94,7 +137,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             name = flag_name(field.name)
-            if type(value) is int and value < (0 if field.name in ("seed", "sample_length") else 1):
+            if type(value) is int and value < (0 if field.name in MAY_BE_ZERO else 1):
                 raise InputError(f"{name} must be positive, not {value}")
         if self.width % self.heads or self.width // self.heads % 2:
             raise InputError(
@@ -108,6 +151,13 @@ class Settings:
             raise InputError(
                 f"--batch {self.batch} cannot be split into --accumulate {self.accumulate} equal "
                 "microbatches"
+            )
+        sizes = self.mesh or {}
+        parts = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        if self.batch // self.accumulate % parts:
+            raise InputError(
+                f"--mesh splits a batch into data × fsdp = {parts} equal parts, which "
+                f"--batch {self.batch} with --accumulate {self.accumulate} does not allow"
             )
         if self.resume and self.overwrite:
             raise InputError("--resume keeps the run in --out, --overwrite replaces it: choose one")
@@ -167,7 +217,7 @@ def parse_settings(
         text = field.metadata["help"]
         if field.default is False:
             options["action"] = "store_true"
-        elif field.default != ():
+        elif field.default not in ((), None):
             options["type"] = type(field.default)
             shown = "the optimizer's own" if field.default is OWN else field.default
             text += f" (default: {shown})"

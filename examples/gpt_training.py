@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from gpt_data import Tokens
+from gpt_mesh import placement, split_batch, use_mesh
 from gpt_model import GPT
 from gpt_optimizers import prepare
 from gpt_settings import Settings
@@ -95,6 +97,7 @@ def make_loss(logits: Forward) -> Forward:
     """Writes `Trainer.loss`, not yet compiled, for the logits of a model."""
 
     def loss(params: Any, tokens: Tokens) -> jax.Array:
+        tokens = split_batch(tokens)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits(params, tokens[:, :-1]), tokens[:, 1:]
         )
@@ -133,18 +136,30 @@ def make_steps(loss: Forward, optimizer: optax.GradientTransformation, microbatc
     return steps
 
 
-def make_trainer(settings: Settings, vocabulary: int) -> Trainer:
+def make_initial(optimizer: optax.GradientTransformation, params: optax.Params) -> TrainState:
+    """Returns the state before the first step, spread over the current mesh if there is one."""
+    params = jax.device_put(params, placement(params))
+    # Zeros have nothing from which XLA could tell where to put them.
+    shardings = placement(jax.eval_shape(optimizer.init, params))
+    return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings)(params))
+
+
+def make_trainer(settings: Settings, vocabulary: int, mesh: Mesh | None = None) -> Trainer:
     """Builds the model, its optimizer and the functions that use them.
 
     Args:
         settings: The run's settings.
         vocabulary: The number of different tokens.
+        mesh: Where the state lies; within `use_mesh` of it the functions have to be called.
 
     Returns:
         The functions and the state to begin with.
     """
     logits, flax_params = make_model(settings, vocabulary)
     optimizer, params = prepare(settings, flax_params)
+    with use_mesh(mesh):  # only now: parameters begin the same on every mesh
+        initial = make_initial(optimizer, params)
+        shardings = placement(initial)
     loss = make_loss(logits)
     steps = make_steps(loss, optimizer, settings.accumulate)
 
@@ -157,8 +172,9 @@ def make_trainer(settings: Settings, vocabulary: int) -> Trainer:
         return jax.lax.scan(extend, context, jax.random.split(key, settings.sample_length))[1]
 
     return Trainer(
-        initial=TrainState(params, optimizer.init(params)),
-        steps=jax.jit(steps, donate_argnums=0),
+        initial=initial,
+        # Said, since XLA might choose to return the state otherwise than it came.
+        steps=jax.jit(steps, donate_argnums=0, out_shardings=(shardings, None)),
         loss=jax.jit(loss),
         sample=jax.jit(sample),
     )

@@ -8,14 +8,14 @@ so that this is gradient clipping; in the constrained case it is the Frank–Wol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from scion_jax import numerics
+from scion_jax import numerics, sharding
 
 
 class ClipByPairingState(NamedTuple):
@@ -58,6 +58,9 @@ def clip_by_pairing(
     only climb, or leave further), holding up no other leaf. Parameters that start in their balls
     (`init_params`) never get there, but for the small error of an inexact LMO.
 
+    Inside of `shard_map` a leaf that varies over mapped axes is a part of a larger one: pairings
+    are summed over those axes (as types tell them: not with `check_vma=False`).
+
     A NaN or an infinity in one leaf makes the factor, and so all leaves, NaN.
 
     Args:
@@ -96,13 +99,17 @@ def clip_by_pairing(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         dtype = state.pairing.dtype
-        pairings = jax.tree.map(
-            lambda d, w: numerics.inner_product(d, w).astype(dtype), updates, directions
-        )
-        directions = jax.tree.map(_without_climb, updates, directions, pairings)
-        gains = jax.tree.map(_gain, updates, directions, pairings)
-        pairing = sum(jax.tree.leaves(pairings), jnp.zeros([], dtype))
-        gain = sum(jax.tree.leaves(gains), jnp.zeros([], dtype))
+        ds, structure = jax.tree.flatten(updates)
+        ws = structure.flatten_up_to(directions)
+        local = [numerics.inner_product(d, w).astype(dtype) for d, w in zip(ds, ws, strict=True)]
+        pairings = sharding.across_devices(jax.lax.psum, local)
+        lengths = _lengths([*ds, *ws], dtype)
+        d_lengths, w_lengths = lengths[: len(ds)], lengths[len(ds) :]
+        ws = [_without_climb(*leaf) for leaf in zip(ds, ws, pairings, d_lengths, strict=True)]
+        gains = [_gain(*leaf) for leaf in zip(pairings, d_lengths, w_lengths, strict=True)]
+        directions = jax.tree.unflatten(structure, ws)
+        pairing = sum(pairings, jnp.zeros([], dtype))
+        gain = sum(gains, jnp.zeros([], dtype))
         threshold = jnp.asarray(rho(state.count) if callable(rho) else rho, dtype)
         if squared_norm is not None:
             threshold = threshold * squared_norm(directions).astype(dtype)
@@ -116,19 +123,32 @@ def clip_by_pairing(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _length(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.squeeze(numerics.vector_norm(array.astype(dtype), tuple(range(array.ndim))))
+def _lengths(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
+    """Computes `‖·‖₂` of every leaf, over all devices that hold a part of it."""
+    own = [
+        jnp.squeeze(numerics.vector_norm(array.astype(dtype), tuple(range(array.ndim))))
+        for array in arrays
+    ]
+    largest = sharding.across_devices(jax.lax.pmax, own)
+    squares = [(x / numerics.nonzero(y)) ** 2 for x, y in zip(own, largest, strict=True)]
+    sums = sharding.across_devices(jax.lax.psum, squares)
+    return [y * jnp.sqrt(s) for y, s in zip(largest, sums, strict=True)]
 
 
-def _without_climb(d: jax.Array, w: jax.Array, pairing: jax.Array) -> jax.Array:
+def _without_climb(d: jax.Array, w: jax.Array, pairing: jax.Array, length: jax.Array) -> jax.Array:
     """Computes `w − ⟨d, w⟩ d / ‖d‖²` if `⟨d, w⟩ < 0`, else `w`."""
     dtype = pairing.dtype
-    length = numerics.nonzero(_length(d, dtype))
+    length = numerics.nonzero(length)
     share = jnp.where(pairing < 0, pairing / length / length, 0)
     return (w.astype(dtype) - share * d.astype(dtype)).astype(w.dtype)
 
 
-def _gain(d: jax.Array, w: jax.Array, pairing: jax.Array) -> jax.Array:
-    """Computes what a leaf counts for the factor, from its direction without the climb."""
-    size = _length(d, pairing.dtype) * _length(w, pairing.dtype)
-    return jnp.where(pairing < 0, jnp.minimum(-pairing, size), pairing)
+def _gain(pairing: jax.Array, d_length: jax.Array, w_length: jax.Array) -> jax.Array:
+    """Computes what a leaf counts for the factor, from its direction without the climb.
+
+    That direction's length is `‖w‖ √(1 − cos²)`: no second pass, no second sum over devices.
+    """
+    size = d_length * w_length
+    cosine = pairing / numerics.nonzero(size)
+    level = size * jnp.sqrt(jnp.maximum(1 - cosine * cosine, 0))
+    return jnp.where(pairing < 0, jnp.minimum(-pairing, level), pairing)

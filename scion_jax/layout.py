@@ -89,6 +89,31 @@ class Axes:
         return dataclasses.replace(self, output=self.columns, input=self.output, window=())
 
     @property
+    def single(self) -> Axes:
+        """The axes of one entry of the batch: these without the batch axes."""
+        position = {axis: index for index, axis in enumerate(self.matrix)}
+        roles = (self.output, self.input, self.window)
+        output, inputs, window = (tuple(position[axis] for axis in role) for role in roles)
+        return Axes(tuple(self.shape[axis] for axis in self.matrix), (), output, inputs, window)
+
+    def batched(self, size: int) -> Axes:
+        """The axes of a stack of such arrays, with one more batch axis in front."""
+        roles = (self.batch, self.output, self.input, self.window)
+        batch, output, inputs, window = (tuple(axis + 1 for axis in role) for role in roles)
+        return Axes((size, *self.shape), (0, *batch), output, inputs, window)
+
+    def to_entries(self, array: jax.Array) -> jax.Array:
+        """Views `array` as a stack of the batch's entries, `(batch, *single.shape)`."""
+        array = jnp.transpose(array, self.batch + self.matrix)
+        return array.reshape(self._size(self.batch), *array.shape[len(self.batch) :])
+
+    def from_entries(self, entries: jax.Array) -> jax.Array:
+        """Undoes `to_entries`."""
+        order = self.batch + self.matrix
+        array = entries.reshape(tuple(self.shape[axis] for axis in order))
+        return jnp.transpose(array, sorted(range(len(order)), key=order.__getitem__))
+
+    @property
     def _order(self) -> tuple[int, ...]:
         return self.batch + self.output + self.columns
 

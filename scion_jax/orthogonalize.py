@@ -37,6 +37,17 @@ class Orthogonalizer(abc.ABC):
         """
         return _CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else _CHUNK_BYTES
 
+    def travel_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """Chooses what matrices may be rounded to when they travel between devices.
+
+        Args:
+            dtype: Dtype of the matrices, float32 or float64.
+
+        Returns:
+            A dtype of the same range; `dtype` itself unless a subclass says otherwise.
+        """
+        return dtype
+
     @abc.abstractmethod
     def polar(self, stack: Stack) -> Stack:
         """Maps each matrix `U Σ Vᵀ` to (about) `U Vᵀ`.
@@ -137,6 +148,10 @@ class NewtonSchulz(Orthogonalizer):
             accelerated = jax.default_backend() != "cpu" and jnp.dtype(dtype) == jnp.float32
             narrow = jnp.bfloat16 if accelerated else dtype
         return Arithmetic(jnp.dtype(narrow), numerics.widest(narrow, jnp.float32))
+
+    def travel_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """Chooses bfloat16 if it is the compute dtype; float16 has a smaller range."""
+        return jnp.bfloat16 if self.arithmetic(dtype).narrow == jnp.bfloat16 else dtype
 
     def flops(self, rows: int, columns: int, dtype: DTypeLike = jnp.float32) -> int:
         """Counts the floating-point operations of the matrix products for one matrix.

@@ -4,12 +4,19 @@ On an Explicit mesh an array's type says how it is split, and contracting or mer
 is an error unless the result's sharding is stated. The iteration needs whole matrices anyway, so
 they are gathered first and split again afterwards. On an Auto mesh, or without one, the types say
 nothing, and both functions return their argument.
+
+Inside of `shard_map` a type says over which mapped axes an array varies. What is to be summed over
+all parameters must be summed over those axes too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 
 def replicate(array: jax.Array) -> jax.Array:
@@ -27,3 +34,52 @@ def shard_like(array: jax.Array, like: jax.Array) -> jax.Array:
     if all(axis is None for axis in sharding.spec):
         return array
     return jax.sharding.reshard(array, sharding)
+
+
+def zeros_like(array: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """Makes zeros that are split as `array` is, on an Auto mesh under `jit` too.
+
+    There nothing but the use of `array` tells the compiler how to split them; the choice among
+    `array` and 0 is simplified away once it has been told.
+    """
+    zeros = jnp.zeros_like(array, dtype=dtype)
+    if not isinstance(array, jax.core.Tracer):
+        return zeros
+    return jnp.where(jnp.zeros_like(array, dtype=bool), array.astype(zeros.dtype), zeros)
+
+
+def may_be_split(array: jax.Array) -> bool:
+    """Tells whether an array is split over a mesh, as its type says, or may be on an Auto mesh."""
+    if any(axis is not None for axis in jax.typeof(array).sharding.spec):
+        return True
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
+
+
+def varying(array: jax.Array) -> frozenset[str]:
+    """Names the mapped axes over which an array varies; none outside of `shard_map`."""
+    return frozenset(jax.typeof(array).manual_axis_type.varying)
+
+
+def across_devices(
+    reduce: Callable[..., jax.Array], numbers: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Reduces scalars over the mapped axes over which they vary, those of the same axes at once.
+
+    Args:
+        reduce: `jax.lax.psum` or `jax.lax.pmax`.
+        numbers: Scalars of one dtype.
+
+    Returns:
+        The results, the same on all devices; scalars that do not vary as they are.
+    """
+    results = list(numbers)
+    groups: dict[frozenset[str], list[int]] = {}
+    for index, number in enumerate(numbers):
+        groups.setdefault(varying(number), []).append(index)
+    for axes, members in groups.items():
+        if axes:
+            reduced = reduce(jnp.stack([numbers[index] for index in members]), tuple(sorted(axes)))
+            for position, index in enumerate(members):
+                results[index] = reduced[position]
+    return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 from scion_jax.norms import Norm
 from scion_jax.numerics import is_number, widest
 from scion_jax.routing import Norms, check_norms, labels_of, norms_of
+from scion_jax.sharding import zeros_like
+from scion_jax.spreading import check_names
 
 
 class AverageGradientsState(NamedTuple):
@@ -92,7 +94,7 @@ def average_gradients(
     check_momentum(momentum, dtype)
 
     def init(params: Any) -> AverageGradientsState:
-        average = optax.tree.zeros_like(params, dtype=dtype)
+        average = jax.tree.map(lambda p: zeros_like(p, dtype), params)
         return AverageGradientsState(jnp.zeros([], jnp.int32), average)
 
     def update(
@@ -121,7 +123,9 @@ def average_gradients(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_by_lmo(norm: Norm) -> optax.GradientTransformationExtraArgs:
+def scale_by_lmo(
+    norm: Norm, shard_over: str | Sequence[str] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Replaces every leaf by the LMO of a norm ball.
 
         v = lmo(d) = radius · argmax_{‖x‖ ≤ 1} ⟨d, x⟩
@@ -131,6 +135,9 @@ def scale_by_lmo(norm: Norm) -> optax.GradientTransformationExtraArgs:
 
     Args:
         norm: The norm, one for all leaves; route several with `optax.multi_transform`.
+        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
+            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            on an Explicit mesh.
 
     Returns:
         A stateless transformation. Its updates have the parameters' dtype if parameters are given,
@@ -139,6 +146,7 @@ def scale_by_lmo(norm: Norm) -> optax.GradientTransformationExtraArgs:
     Raises:
         TypeError: If `norm` is not a norm; at `init` or `update`, if a leaf is not floating.
         ValueError: At `init` or `update`, if a leaf does not fit the layout; the message names it.
+            At `update`, if `shard_over` names an axis that is not there.
 
     Example:
         >>> import jax.numpy as jnp, scion_jax
@@ -152,6 +160,8 @@ def scale_by_lmo(norm: Norm) -> optax.GradientTransformationExtraArgs:
     if not isinstance(norm, Norm):
         raise TypeError(f"scale_by_lmo needs a Norm such as Spectral(50.0); got {norm}")
 
+    names = check_names(shard_over)
+
     def init(params: Any) -> optax.EmptyState:
         norms_of(params, norm, None)  # names a leaf that does not fit
         return optax.EmptyState()
@@ -160,7 +170,7 @@ def scale_by_lmo(norm: Norm) -> optax.GradientTransformationExtraArgs:
         del extra_args
         norms_of(updates, norm, None)
         leaves, structure = jax.tree.flatten(updates)
-        directions = jax.tree.unflatten(structure, norm.lmo_leaves(leaves))
+        directions = jax.tree.unflatten(structure, norm.lmo_leaves(leaves, names))
         if params is not None:
             directions = jax.tree.map(lambda v, p: v.astype(p.dtype), directions, params)
         return directions, state
@@ -168,13 +178,16 @@ def scale_by_lmo(norm: Norm) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_by_lmos(norms: Norms, param_labels: Any = None) -> optax.GradientTransformationExtraArgs:
+def scale_by_lmos(
+    norms: Norms, param_labels: Any = None, shard_over: str | Sequence[str] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Replaces every leaf by the LMO of its own norm: `scale_by_lmo`, routed by labels.
 
     Args:
         norms: One norm, or a mapping from labels to norms.
         param_labels: A tree or prefix of labels, or a function from the tree to one, as in
             `optax.multi_transform`; None with a single norm.
+        shard_over: As in `scale_by_lmo`.
 
     Returns:
         A stateless transformation.
@@ -186,10 +199,10 @@ def scale_by_lmos(norms: Norms, param_labels: Any = None) -> optax.GradientTrans
     """
     check_norms(norms, param_labels)
     if isinstance(norms, Norm):
-        return scale_by_lmo(norms)
+        return scale_by_lmo(norms, shard_over)
     table: Mapping[Hashable, Norm] = dict(norms)
     return optax.multi_transform(
-        {label: scale_by_lmo(norm) for label, norm in table.items()},
+        {label: scale_by_lmo(norm, shard_over) for label, norm in table.items()},
         lambda tree: labels_of(tree, table, param_labels),
     )
 

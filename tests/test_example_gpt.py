@@ -1,7 +1,10 @@
 """The example `examples/gpt.py`: its data, its runs, and that a run resumes exactly."""
 
 import csv
+import os
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,10 +22,13 @@ import jax
 import gpt
 import gpt_data
 import gpt_optimizers
+from gpt_mesh import make_mesh, placement, use_mesh
 from gpt_settings import InputError, parse_settings
 
 TINY = ["--width", "32", "--layers", "1", "--heads", "2", "--batch", "4", "--sequence", "32"]
 SHORT = [*TINY, "--steps", "8", "--eval-every", "2", "--eval-batches", "2", "--sample-length", "9"]
+
+DEFAULTS = {name: choice.defaults for name, choice in gpt_optimizers.OPTIMIZERS.items()}
 
 
 @pytest.fixture
@@ -52,8 +58,7 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 
 def make_trainer(*arguments):
-    defaults = {name: choice.defaults for name, choice in gpt_optimizers.OPTIMIZERS.items()}
-    settings = parse_settings([*SHORT, *arguments], "", defaults)
+    settings = parse_settings([*SHORT, *arguments], "", DEFAULTS)
     return gpt.make_trainer(settings, vocabulary=256), settings
 
 
@@ -265,6 +270,140 @@ def test_existing_run_is_neither_replaced_nor_confused(run, tmp_path, capsys):
     assert (tmp_path / "one" / "notes.txt").read_text() == "mine"
 
 
+# Meshes
+
+
+@pytest.fixture
+def standard_promotion():
+    """For Optax's Adam and MultiSteps, which mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def on_mesh(mesh, *arguments):
+    """Makes three steps, on a mesh if there is one; returns the state and the losses."""
+    flags = [*SHORT, "--batch", "8", *(["--mesh", mesh] if mesh else []), *arguments]
+    settings = parse_settings(flags, "", DEFAULTS)
+    batches = np.random.default_rng(0).integers(256, size=(3, 8, 33), dtype=np.int32)
+    mesh = make_mesh(settings.mesh)
+    trainer = gpt.make_trainer(settings, vocabulary=256, mesh=mesh)
+    before = pieces(trainer.initial)
+    with use_mesh(mesh):
+        state, progress = trainer.steps(trainer.initial, batches)
+    assert pieces(state) == before
+    return state, progress.loss
+
+
+def pieces(state):
+    """Returns by path the shape of the piece of each array that a device holds."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    shapes = [leaf.addressable_shards[0].data.shape for _, leaf in leaves]
+    return dict(zip(names, shapes, strict=True))
+
+
+def in_new_process(*arguments):
+    """Runs the example where JAX has one CPU device, unless told otherwise."""
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, gpt.__file__, *SHORT, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    ("meshes", "flags"),
+    [
+        (["fsdp=8", "tensor=2,data=2,fsdp=2"], []),
+        pytest.param(
+            ["data=2,fsdp=2"],
+            ["--optimizer", "scion_light", "--accumulate", "2", "--tied"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["fsdp=2,tensor=3"], ["--optimizer", "muon"], marks=pytest.mark.slow),
+    ],
+)
+def test_mesh_changes_nothing_but_rounding(meshes, flags):
+    expected, losses = on_mesh("", *flags)
+    for mesh in meshes:
+        state, same = on_mesh(mesh, *flags)
+        np.testing.assert_allclose(same, losses, rtol=1e-5)
+        for one, other in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_parameters_and_optimizer_state_lie_in_pieces():
+    found = pieces(on_mesh("data=2,fsdp=2,tensor=2", "--optimizer", "adamw")[0])
+    for name, piece in {
+        "embedding/embedding": (64, 32),  # of (256, 32)
+        "head/kernel": (16, 128),
+        "query/kernel": (16, 16),
+        "output/kernel": (16, 16),
+        "expand/kernel": (16, 64),
+        "contract/kernel": (64, 16),
+    }.items():
+        # The parameter and Adam's two averages.
+        assert [shape for path, shape in found.items() if path.endswith(name)] == [piece] * 3
+    assert {shape for path, shape in found.items() if path.endswith("count")} == {()}
+
+
+def test_axis_that_the_mesh_does_not_divide_stays_whole():
+    shapes = {"embedding/embedding": (260, 10), "query/kernel": (10, 12), "head/kernel": (4, 9)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
+        assert placement(arrays) == {
+            "embedding/embedding": jax.P("fsdp", None),
+            "query/kernel": jax.P(None, "tensor"),
+            "head/kernel": jax.P("fsdp", None),
+        }
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("unconstrained_scion", marks=pytest.mark.slow)]
+)
+def test_run_moves_from_mesh_to_mesh(run, book, tmp_path, monkeypatch, capsys, optimizer):
+    def stopped(step, *arguments):
+        with monkeypatch.context() as context:
+            at_step(context, step - 1, lambda: signal.raise_signal(signal.SIGINT))
+            run("moving", *flags, *arguments)
+
+    flags = ["--batch", "8", "--sample-length", "0", "--optimizer", optimizer]
+    expected = run("whole", *flags, "--mesh", "fsdp=8")
+    assert "mesh data=1,fsdp=8,tensor=1: 8 of 8 devices (cpu)" in capsys.readouterr().out
+
+    stopped(4, "--mesh", "fsdp=8")
+    shutil.copytree(tmp_path / "moving", tmp_path / "staying")
+    assert run("staying", *flags, "--resume", "--mesh", "fsdp=8") == expected
+
+    stopped(6, "--resume", "--mesh", "data=2,tensor=2")
+    assert "mesh data=2,fsdp=1,tensor=2: 4 of 8 devices (cpu)" in capsys.readouterr().out
+    done = in_new_process(*flags, "--resume", "--data", book, "--out", tmp_path / "moving")
+    assert done.returncode == 0, done.stderr
+    whole, moved = (
+        np.genfromtxt(tmp_path / out / "loss.csv", delimiter=",") for out in ("whole", "moving")
+    )
+    np.testing.assert_allclose(moved, whole, rtol=1e-5)
+    np.testing.assert_array_equal(moved[:5], whole[:5])  # the header and the steps before moving
+
+
+def test_impossible_mesh_leaves_the_run_alone(run, tmp_path):
+    csv_file = tmp_path / "one" / "loss.csv"
+    csv_file.parent.mkdir()
+    csv_file.write_text("mine")
+    with pytest.raises(InputError, match=r"fsdp=16 is of 16 devices, but here are 8.*-devices 16"):
+        run("one", "--overwrite", "--batch", "16", "--mesh", "fsdp=16")
+    with pytest.raises(InputError, match="--fake-devices 4 comes too late"):
+        run("one", "--overwrite", "--fake-devices", "4")
+    assert csv_file.read_text() == "mine"
+
+
+def test_fake_devices_are_as_many_as_asked_for(tmp_path):
+    done = in_new_process("--out", tmp_path / "out", "--fake-devices", "3", "--mesh", "fsdp=4")
+    assert done.returncode == 1
+    assert "gpt.py: --mesh fsdp=4 is of 4 devices, but here are 3" in done.stderr
+
+
 # Command line
 
 
@@ -277,6 +416,14 @@ def test_existing_run_is_neither_replaced_nor_confused(run, tmp_path, capsys):
         (["--rho", "0"], "--rho must be positive"),
         (["--accumulate", "3"], "--batch 16 cannot be split into --accumulate 3"),
         (["--resume", "--overwrite"], "choose one"),
+        (["--mesh", "pipeline=2"], "'pipeline=2' is not NAME=SIZE with a name out of data, fsdp"),
+        (["--mesh", "fsdp=0"], "'fsdp=0' is not NAME=SIZE"),
+        (["--mesh", "fsdp=2,"], "'' is not NAME=SIZE"),
+        (["--mesh", "fsdp"], "'fsdp' is not NAME=SIZE"),
+        (["--mesh", "fsdp=2,data=2,fsdp=2"], "fsdp is named twice"),
+        (["--mesh", "data=3"], "data × fsdp = 3 equal parts, which --batch 16"),
+        (["--mesh", "fsdp=8", "--accumulate", "4"], "--batch 16 with --accumulate 4 does not"),
+        (["--fake-devices", "-1"], "--fake-devices must be"),
         (["--optimizer", "sgd"], "invalid choice"),
     ],
 )

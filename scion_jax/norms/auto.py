@@ -66,13 +66,17 @@ class Auto(Norm):
                 results[index] = result
         return results
 
-    def unit_lmo_leaves(self, ds: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+    def unit_lmo_leaves(
+        self, ds: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
+    ) -> list[jax.Array]:
         """Asks the norm of each rank."""
-        return self._each(ds, axes, lambda norm, d, a: norm.unit_lmo_leaves(d, a))
+        return self._each(ds, axes, lambda norm, d, a: norm.unit_lmo_leaves(d, a, shard_over))
 
-    def unit_gauge_bounds(self, xs: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+    def unit_gauge_bounds(
+        self, xs: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
+    ) -> list[jax.Array]:
         """Asks the norm of each rank."""
-        return self._each(xs, axes, lambda norm, x, a: norm.unit_gauge_bounds(x, a))
+        return self._each(xs, axes, lambda norm, x, a: norm.unit_gauge_bounds(x, a, shard_over))
 
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Asks the norm of the rank."""

@@ -120,28 +120,36 @@ class Norm(abc.ABC):
             Array of shape `axes.shape`, floating.
         """
 
-    def unit_lmo_leaves(self, ds: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+    def unit_lmo_leaves(
+        self, ds: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
+    ) -> list[jax.Array]:
         """Computes `unit_lmo` of several arrays; a norm may handle some of them together.
 
         Args:
             ds: Directions, float32 or float64.
             axes: The axes of each.
+            shard_over: Names of the mesh axes over which work may be spread; see `spreading`.
 
         Returns:
             The maximizers, in the same order.
         """
+        del shard_over
         return [self.unit_lmo(d, a) for d, a in zip(ds, axes, strict=True)]
 
-    def unit_gauge_bounds(self, xs: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+    def unit_gauge_bounds(
+        self, xs: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
+    ) -> list[jax.Array]:
         """Computes numbers as `unit_gauge` does, or cheaper ones that are at least as large.
 
         Args:
             xs: Parameters or directions, float32 or float64.
             axes: The axes of each.
+            shard_over: Names of the mesh axes over which work may be spread; see `spreading`.
 
         Returns:
             The numbers of each array, in the same order, in any shape.
         """
+        del shard_over
         return [self.unit_gauge(x, a) for x, a in zip(xs, axes, strict=True)]
 
     def axes(self, shape: tuple[int, ...], path: str = "") -> Axes:
@@ -196,11 +204,14 @@ class Norm(abc.ABC):
         """
         return self.lmo_leaves([d])[0]
 
-    def lmo_leaves(self, ds: Sequence[jax.Array]) -> list[jax.Array]:
+    def lmo_leaves(
+        self, ds: Sequence[jax.Array], shard_over: tuple[str, ...] = ()
+    ) -> list[jax.Array]:
         """Computes `lmo` of several arrays, together where the norm can (`Spectral` stacks them).
 
         Args:
             ds: Directions, any floating dtypes.
+            shard_over: Names of the mesh axes over which stacks are spread; see `spreading`.
 
         Returns:
             The maximizers, in the same order, shapes and dtypes.
@@ -208,7 +219,7 @@ class Norm(abc.ABC):
         for d in ds:
             self.check(d)
         wide = [numerics.at_least_float32(d) for d in ds]
-        units = self.unit_lmo_leaves(wide, [self.axes(d.shape) for d in ds])
+        units = self.unit_lmo_leaves(wide, [self.axes(d.shape) for d in ds], shard_over)
         return [
             sharding.shard_like(self._scaled(unit).astype(d.dtype), d)
             for unit, d in zip(units, ds, strict=True)
@@ -227,11 +238,14 @@ class Norm(abc.ABC):
         x = numerics.at_least_float32(x)
         return self._largest(self.unit_gauge(x, self.axes(x.shape)), x)
 
-    def gauge_bounds(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+    def gauge_bounds(
+        self, xs: Sequence[jax.Array], shard_over: tuple[str, ...] = ()
+    ) -> list[jax.Array]:
         """Bounds the gauges of several arrays from above, without a decomposition.
 
         Args:
             xs: Parameters or directions, any floating dtypes.
+            shard_over: Names of the mesh axes over which stacks are spread; see `spreading`.
 
         Returns:
             Scalars, in the same order: the gauge, for `Spectral` up to 3 % more at 2,048 rows
@@ -240,7 +254,7 @@ class Norm(abc.ABC):
         for x in xs:
             self.check(x)
         wide = [numerics.at_least_float32(x) for x in xs]
-        bounds = self.unit_gauge_bounds(wide, [self.axes(x.shape) for x in xs])
+        bounds = self.unit_gauge_bounds(wide, [self.axes(x.shape) for x in xs], shard_over)
         return [self._largest(bound, x) for bound, x in zip(bounds, wide, strict=True)]
 
     def dual_norm(self, d: jax.Array) -> jax.Array:

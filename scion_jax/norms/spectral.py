@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from scion_jax import sharding
+from scion_jax import numerics, sharding
 from scion_jax.batching import measure_stacks
 from scion_jax.layout import Axes
 from scion_jax.norms.base import Norm
 from scion_jax.orthogonalize import NewtonSchulz, Orthogonalizer, orthogonalize_stacks
 from scion_jax.spectral_bound import spectral_norm_bound
+from scion_jax.spreading import Compute, spread
 from scion_jax.stack import Stack
 
 
@@ -56,29 +59,38 @@ class Spectral(Norm):
         """Computes `c · U Vᵀ`."""
         return self.unit_lmo_leaves([d], [axes])[0]
 
-    def unit_lmo_leaves(self, ds: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+    def unit_lmo_leaves(
+        self, ds: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
+    ) -> list[jax.Array]:
         """Computes `c · U Vᵀ`, one iteration for all matrices of one shape."""
-        polars = orthogonalize_stacks(_matrices(ds, axes), self.orthogonalizer)
+
+        def polar(stacks: list[jax.Array], kinds: list[Axes]) -> list[jax.Array]:
+            views = _views(stacks, kinds)
+            polars = orthogonalize_stacks(_matrices(stacks, views), self.orthogonalizer)
+            return [view.from_matrices(p) for p, view in zip(polars, views, strict=True)]
+
+        dtype = functools.reduce(numerics.widest, (d.dtype for d in ds), jnp.float32)
+        travel = self.orthogonalizer.travel_dtype(dtype)
         return [
-            self._unit_radius(a) * a.stored.from_matrices(polar)
-            for polar, a in zip(polars, axes, strict=True)
+            self._unit_radius(a) * a.from_entries(polar)
+            for polar, a in zip(_spread(polar, ds, axes, shard_over, travel), axes, strict=True)
         ]
 
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Computes the singular values, divided by `c`."""
         return _singular_values(x, axes) / self._unit_radius(axes)
 
-    def unit_gauge_bounds(self, xs: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
+    def unit_gauge_bounds(
+        self, xs: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
+    ) -> list[jax.Array]:
         """Bounds the largest singular values, those of one shape together, and divides by `c`."""
-        bounds = measure_stacks(
-            lambda stack: (
-                spectral_norm_bound(stack) if stack.small else jnp.zeros(sum(stack.sizes))
-            ),
-            _matrices(xs, axes),
-        )
+
+        def bound(stacks: list[jax.Array], kinds: list[Axes]) -> list[jax.Array]:
+            return measure_stacks(_bounds, _matrices(stacks, _views(stacks, kinds)))
+
         return [
-            bound.astype(x.dtype) / self._unit_radius(a)
-            for bound, x, a in zip(bounds, xs, axes, strict=True)
+            bound / self._unit_radius(a)
+            for bound, a in zip(_spread(bound, xs, axes, shard_over), axes, strict=True)
         ]
 
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
@@ -135,13 +147,33 @@ class SpectralConv(Spectral):
         return axes
 
 
+def _spread(
+    compute: Compute,
+    arrays: Sequence[jax.Array],
+    axes: Sequence[Axes],
+    shard_over: tuple[str, ...],
+    travel_dtype: DTypeLike | None = None,
+) -> list[jax.Array]:
+    entries = [a.to_entries(array) for array, a in zip(arrays, axes, strict=True)]
+    return spread(compute, entries, [a.single for a in axes], shard_over, travel_dtype)
+
+
+def _views(stacks: Sequence[jax.Array], kinds: Sequence[Axes]) -> list[Axes]:
+    """Finds the axes of stacks, so that their matrices are viewed as they are stored.
+
+    A polar factor is transposed with its matrix, so `W` and `Wᵀ` serve equally.
+    """
+    return [kind.stored.batched(s.shape[0]) for s, kind in zip(stacks, kinds, strict=True)]
+
+
+def _matrices(stacks: Sequence[jax.Array], views: Sequence[Axes]) -> list[jax.Array]:
+    return [view.to_matrices(stack) for stack, view in zip(stacks, views, strict=True)]
+
+
 def _bounds(stack: Stack) -> jax.Array:
-    return spectral_norm_bound(stack) if stack.small else jnp.zeros(sum(stack.sizes))
-
-
-def _matrices(arrays: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
-    """Views arrays as matrices or as their transposes, whose polar factors are transposed too."""
-    return [a.stored.to_matrices(sharding.replicate(x)) for x, a in zip(arrays, axes, strict=True)]
+    if not stack.small:
+        return jnp.zeros(sum(stack.sizes), stack.dtype)
+    return spectral_norm_bound(stack)
 
 
 def _singular_values(array: jax.Array, axes: Axes) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -19,6 +20,7 @@ def almond(
     *,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ALMOND: averages the LMOs of the gradients.
 
@@ -35,6 +37,9 @@ def almond(
         param_labels: Labels of the parameters, as in `scion`; None with a single norm.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
+            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            on an Explicit mesh.
 
     Returns:
         A transformation; `update` does not need `params`.
@@ -55,7 +60,7 @@ def almond(
     """
     return optax.with_extra_args_support(
         optax.chain(
-            scale_by_lmos(norms, param_labels),
+            scale_by_lmos(norms, param_labels, shard_over),
             average_gradients(momentum, momentum_dtype),
             descend(learning_rate),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from scion_jax.clipping import clip_by_pairing
 from scion_jax.norms import Auto, Norm
 from scion_jax.numerics import widest
 from scion_jax.routing import Norms, norms_of
+from scion_jax.sharding import across_devices
+from scion_jax.spreading import check_names
 from scion_jax.transforms import average_gradients, descend, scale_by_lmos
 
 
@@ -25,6 +27,7 @@ def unconstrained_clipped_scion(
     rho: optax.ScalarOrSchedule,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Unconstrained ClippedScion: gradient clipping by the dual norm, for any norm (GGNC).
 
@@ -44,6 +47,9 @@ def unconstrained_clipped_scion(
             the `pairing` that the state keeps.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
+            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            on an Explicit mesh.
 
     Returns:
         A transformation; `update` does not need `params`. The state holds a `ClipByPairingState`:
@@ -68,7 +74,7 @@ def unconstrained_clipped_scion(
     return optax.with_extra_args_support(
         optax.chain(
             average_gradients(momentum, momentum_dtype),
-            clip_by_pairing(scale_by_lmos(norms, param_labels), rho),
+            clip_by_pairing(scale_by_lmos(norms, param_labels, shard_over), rho),
             descend(learning_rate),
         )
     )
@@ -83,6 +89,7 @@ def clipped_scion(
     short_step: bool = False,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ClippedScion: Scion with the Frank–Wolfe short step, clipped.
 
@@ -111,6 +118,9 @@ def clipped_scion(
         short_step: Use variant 1.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
+            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            on an Explicit mesh.
 
     Returns:
         A transformation; `update` needs `params`. The state holds a `ClipByPairingState`:
@@ -131,8 +141,12 @@ def clipped_scion(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Alg. 2 and 4 (variants 2 and 1), App. C.
     """
-    directions = optax.chain(scale_by_lmos(norms, param_labels), optax.add_decayed_weights(1.0))
-    squared_norm = _squared_norm(norms, param_labels) if short_step else None
+    directions = optax.chain(
+        scale_by_lmos(norms, param_labels, shard_over), optax.add_decayed_weights(1.0)
+    )
+    squared_norm = (
+        _squared_norm(norms, param_labels, check_names(shard_over)) if short_step else None
+    )
     return optax.with_extra_args_support(
         optax.chain(
             average_gradients(momentum, momentum_dtype),
@@ -142,7 +156,9 @@ def clipped_scion(
     )
 
 
-def _squared_norm(norms: Norms, param_labels: Any) -> Callable[[Any], jax.Array]:
+def _squared_norm(
+    norms: Norms, param_labels: Any, names: tuple[str, ...]
+) -> Callable[[Any], jax.Array]:
     """Makes the function `w ↦ max_l ‖w_l‖_l² / r_l²`, from above."""
 
     def squared_norm(directions: Any) -> jax.Array:
@@ -150,11 +166,11 @@ def _squared_norm(norms: Norms, param_labels: Any) -> Callable[[Any], jax.Array]
         leaf_norms = jax.tree.leaves(norms_of(directions, norms, param_labels))
         for norm, w in zip(leaf_norms, jax.tree.leaves(directions), strict=True):
             members.setdefault(id(norm), (norm, []))[1].append(w)  # a traced radius has no hash
-        bounds = [b for norm, ws in members.values() for b in norm.gauge_bounds(ws)]
+        bounds = [b for norm, ws in members.values() for b in norm.gauge_bounds(ws, names)]
         dtype = widest(jnp.float32, *(bound.dtype for bound in bounds))
         largest = jnp.zeros([], dtype)
-        for bound in bounds:
-            largest = jnp.maximum(largest, bound.astype(dtype))
+        for bound in across_devices(jax.lax.pmax, [bound.astype(dtype) for bound in bounds]):
+            largest = jnp.maximum(largest, bound)
         return largest * largest
 
     return squared_norm

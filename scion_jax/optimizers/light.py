@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from scion_jax.norms import Auto
 from scion_jax.numerics import is_number, widest
 from scion_jax.routing import Norms
+from scion_jax.sharding import zeros_like
 from scion_jax.transforms import check_momentum, descend, remember, scale_by_lmos
 
 
@@ -40,6 +42,7 @@ def scion_light(
     momentum_dtype: DTypeLike | None = None,
     unconstrained: bool = False,
     every_k: ArrayLike = 1,
+    shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ScionLight: one buffer, which is also the gradient accumulator.
 
@@ -70,6 +73,9 @@ def scion_light(
         momentum_dtype: Dtype of the buffer `G`; None means the parameters'.
         unconstrained: Leave out the pull towards zero.
         every_k: Number of calls per step, at least 1.
+        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
+            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            on an Explicit mesh.
 
     Returns:
         A transformation. `update` needs `params` unless `unconstrained`; the updates have the
@@ -98,13 +104,13 @@ def scion_light(
         raise ValueError(f"every_k must be a whole number, at least 1; got {every_k}")
     pull = optax.identity() if unconstrained else optax.add_decayed_weights(1.0)
     take_step = optax.with_extra_args_support(
-        optax.chain(scale_by_lmos(norms, param_labels), pull, descend(learning_rate))
+        optax.chain(scale_by_lmos(norms, param_labels, shard_over), pull, descend(learning_rate))
     )
 
     def init(params: Any) -> ScionLightState:
         # An array for each field: donation takes none twice.
         count, gathered = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        gradient_sum = optax.tree.zeros_like(params, dtype=momentum_dtype)
+        gradient_sum = jax.tree.map(lambda p: zeros_like(p, momentum_dtype), params)
         return ScionLightState(count, gathered, gradient_sum, take_step.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -19,6 +20,7 @@ def scion(
     *,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scion: Frank–Wolfe over norm balls, which keeps every parameter inside its ball.
 
@@ -37,6 +39,9 @@ def scion(
             (`label_by_path`), as in `optax.multi_transform`; None with a single norm.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
+            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            on an Explicit mesh.
 
     Returns:
         A transformation. `update` needs `params`; the updates have the parameters' dtype.
@@ -62,7 +67,7 @@ def scion(
     return optax.with_extra_args_support(
         optax.chain(
             average_gradients(momentum, momentum_dtype),
-            scale_by_lmos(norms, param_labels),
+            scale_by_lmos(norms, param_labels, shard_over),
             optax.add_decayed_weights(1.0),
             descend(learning_rate),
         )
@@ -77,6 +82,7 @@ def unconstrained_scion(
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
     weight_decay: ArrayLike = 0.0,
+    shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Unconstrained Scion: steps along the LMO, with optional weight decay.
 
@@ -95,6 +101,9 @@ def unconstrained_scion(
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         weight_decay: μ, at least 0.
+        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
+            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            on an Explicit mesh.
 
     Returns:
         A transformation. `update` needs `params` unless `weight_decay` is a Python zero; the
@@ -119,7 +128,7 @@ def unconstrained_scion(
     return optax.with_extra_args_support(
         optax.chain(
             average_gradients(momentum, momentum_dtype),
-            scale_by_lmos(norms, param_labels),
+            scale_by_lmos(norms, param_labels, shard_over),
             decay_weights(weight_decay),
             descend(learning_rate),
         )

@@ -1,0 +1,315 @@
+"""Many devices: the same results as on one, with the least communication."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import scion_jax
+from scion_jax import NewtonSchulz, Spectral, label_by_path
+
+COLLECTIVE = re.compile(r" = (.*?) (all-[a-z-]+?|reduce-scatter|collective-[a-z]+)(?:-start)?\(")
+BYTES = {"f32": 4, "bf16": 2, "u16": 2}
+
+NORMS = {
+    "spectral": Spectral(3.0),
+    "stacked": Spectral(2.0, layout="bio"),
+    "convolution": scion_jax.SpectralConv(2.0, layout="ssio"),
+    "sign": scion_jax.Sign(4.0),
+    "column": scion_jax.ColNorm(),
+    "row": scion_jax.RowNorm(),
+    "bias": scion_jax.BiasRMS(),
+    "euclidean": scion_jax.Euclidean(),
+}
+SHAPES = {
+    "spectral0": (8, 16),
+    "spectral1": (16, 8),
+    "spectral2": (8, 16),
+    "spectral3": (8, 8),  # a stack of one
+    "stacked0": (16, 8, 8),
+    "stacked1": (8, 8, 16),
+    "convolution": (3, 3, 8, 8),
+    "sign": (8, 8),
+    "column": (8, 24),
+    "row": (16, 8),
+    "bias": (16,),
+    "euclidean": (8, 8),
+}
+LABELS = label_by_path([(f"^{name}", name) for name in NORMS])
+OPTIMIZERS = {
+    "scion": scion_jax.scion,
+    "unconstrained_scion": scion_jax.unconstrained_scion,
+    "clipped_scion": lambda *a, **k: scion_jax.clipped_scion(*a, rho=30.0, **k),
+    "short_step": lambda *a, **k: scion_jax.clipped_scion(*a, rho=3.0, short_step=True, **k),
+    "unconstrained_clipped_scion": lambda *a, **k: scion_jax.unconstrained_clipped_scion(
+        *a, rho=100.0, **k
+    ),
+    "scion_light": scion_jax.scion_light,
+    "almond": scion_jax.almond,
+}
+MESHES = {
+    "8": ((8,), ("fsdp",)),
+    "4x2": ((4, 2), ("fsdp", "tensor")),
+    "2x2x2": ((2, 2, 2), ("fsdp", "tensor", "data")),
+}
+
+
+def tree():
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, SHAPES.items(), strict=True)}
+    return params, jax.tree.map(lambda x: jnp.sin(3 * x), params)
+
+
+def make(mesh, kind):
+    shape, names = MESHES[mesh]
+    return jax.make_mesh(shape, names, axis_types=(getattr(AxisType, kind),) * len(names))
+
+
+def spec(shape, mesh):
+    """Splits the last axes that divide, over the first axes of the mesh."""
+    parts: list[str | None] = [None] * len(shape)
+    names = [name for name in ("fsdp", "tensor") if name in mesh.axis_names]
+    for name, axis in zip(names, range(len(shape) - 1, -1, -1), strict=False):
+        if shape[axis] % mesh.shape[name] == 0:
+            parts[axis] = name
+    return PartitionSpec(*parts)
+
+
+def place(params, mesh):
+    return {
+        name: jax.device_put(p, NamedSharding(mesh, spec(p.shape, mesh)))
+        for name, p in params.items()
+    }
+
+
+def steps(optimizer, params, gradients, count=2):
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(optimizer.init)(params)
+    for _ in range(count):
+        params, state = step(params, state)
+    return params, state
+
+
+def close(ours, expected, rtol=1e-5):
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours[name], value, atol=rtol * np.abs(value).max(), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    params, gradients = tree()
+    return {
+        name: steps(build(0.1, NORMS, LABELS), params, gradients)[0]
+        for name, build in OPTIMIZERS.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    ("mesh", "optimizer"),
+    [*(("4x2", name) for name in OPTIMIZERS), ("8", "scion"), ("2x2x2", "scion")],
+)
+def test_on_a_mesh_as_on_one_device(optimizer, mesh, kind, expected):
+    mesh = make(mesh, kind)
+    params, gradients = tree()
+    names = mesh.axis_names if kind == "Auto" else None
+    with jax.set_mesh(mesh):
+        params, gradients = place(params, mesh), place(gradients, mesh)
+        built = OPTIMIZERS[optimizer](0.1, NORMS, LABELS, shard_over=names)
+        result, state = steps(built, params, gradients)
+        for name, value in result.items():
+            assert value.sharding.is_equivalent_to(params[name].sharding, value.ndim), name
+        for leaf in jax.tree.leaves(state):
+            if leaf.shape == (16, 8, 8):
+                assert leaf.addressable_shards[0].data.size < leaf.size
+    close(result, expected[optimizer])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "names"),
+    [
+        *((name, ("fsdp", "tensor")) for name in OPTIMIZERS),
+        ("clipped_scion", None),
+        ("clipped_scion", "tensor"),
+    ],
+)
+def test_inside_shard_map(optimizer, names, expected):
+    mesh = make("4x2", "Auto")
+    params, gradients = tree()
+    built = OPTIMIZERS[optimizer](0.1, NORMS, LABELS, shard_over=names)
+
+    def two_steps(params, gradients):
+        state = built.init(params)
+        for _ in range(2):
+            gradients = jax.tree.map(lambda g: jax.lax.pmean(g, ("fsdp", "tensor")), gradients)
+            updates, state = built.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(two_steps, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+    close(jax.jit(mapped)(params, gradients), expected[optimizer])
+
+
+@pytest.mark.parametrize("names", [None, "devices"])
+def test_inside_pmap(names, expected):
+    params, gradients = tree()
+    built = scion_jax.clipped_scion(0.1, NORMS, LABELS, rho=30.0, shard_over=names)
+
+    def two_steps(params, gradients):
+        state = built.init(params)
+        for _ in range(2):
+            gradients = jax.lax.pmean(gradients, "devices")
+            updates, state = built.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    repeated = jax.tree.map(lambda x: jnp.stack([x] * 8), (params, gradients))
+    result = jax.pmap(two_steps, axis_name="devices")(*repeated)
+    for device in (0, 5):
+        close(jax.tree.map(lambda x, d=device: x[d], result), expected["clipped_scion"])
+
+
+def test_pairing_of_parts_inside_shard_map():
+    """A leaf that is split over a mapped axis counts with all of its parts, once."""
+    mesh = make("8", "Auto")
+    split, whole = PartitionSpec("fsdp"), PartitionSpec()
+    params = {"a": jnp.zeros((8, 4)), "b": jnp.zeros((3, 5))}
+    gradients = {"a": jnp.arange(32.0).reshape(8, 4) - 9, "b": jnp.ones((3, 5))}
+    built = scion_jax.unconstrained_clipped_scion(
+        0.1, scion_jax.Sign(normalized=False), rho=1e4, momentum=1.0
+    )
+
+    def scanned(params, gradients):
+        def step(carry, _):
+            params, state = carry
+            updates, state = built.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), state[1].pairing
+
+        (params, _), pairings = jax.lax.scan(step, (params, built.init(params)), length=2)
+        return params, pairings
+
+    specs = {"a": split, "b": whole}
+    mapped = jax.shard_map(scanned, mesh=mesh, in_specs=(specs, specs), out_specs=(specs, whole))
+    result, pairings = jax.jit(mapped)(params, gradients)
+    np.testing.assert_allclose(pairings, np.abs(gradients["a"]).sum() + 15)
+    close(result, scanned(params, gradients)[0])
+
+
+def compiled(optimizer, shapes, mesh, specs):
+    with jax.set_mesh(mesh):
+        params = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs))
+            for name, shape in shapes.items()
+        }
+        state = jax.eval_shape(optimizer.init, params)
+        step = jax.jit(optimizer.update, out_shardings=None)
+        return step.lower(params, state, params).compile().as_text()
+
+
+def collectives(text):
+    """Finds the kind of every collective, and how many bytes a device receives."""
+    found = []
+    for line in text.splitlines():
+        if match := COLLECTIVE.search(line):
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            sizes = [math.prod(map(int, filter(None, s.split(",")))) * BYTES[t] for t, s in arrays]
+            found.append((match[2], sum(sizes)))
+    return found
+
+
+BLOCK = {"q": (64, 64), "o": (64, 64), "up": (64, 256), "down": (256, 64)}
+BLOCKS = {f"{name}{layer}": shape for layer in range(8) for name, shape in BLOCK.items()}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("narrow", [None, jnp.bfloat16])
+def test_two_collectives_per_stack(kind, narrow):
+    mesh = make("8", kind)
+    norm = Spectral(orthogonalizer=NewtonSchulz(compute_dtype=narrow))
+    optimizer = scion_jax.scion(0.1, norm, shard_over="fsdp" if kind == "Auto" else None)
+    text = compiled(optimizer, BLOCKS, mesh, PartitionSpec("fsdp", None))
+    found = collectives(text)
+    assert [name for name, _ in found] == ["all-to-all"] * 6
+    ideal = 2 * sum(math.prod(shape) for shape in BLOCKS.values()) / 8 * (2 if narrow else 4)
+    assert sum(size for _, size in found) <= 1.05 * ideal
+    bodies = re.findall(r"body=%?([\w.\-]+)", text)
+    for body in bodies:
+        inside = text[text.index(f"%{body} (") :]
+        assert not collectives(inside[: inside.index("\n}")])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    ("norm", "most"),
+    [
+        (scion_jax.Sign(), 0),
+        (scion_jax.ColNorm(), 1),
+        (scion_jax.RowNorm(), 1),
+        (scion_jax.BiasRMS(), 1),
+        (scion_jax.Euclidean(), 1),
+    ],
+)
+def test_one_small_reduction_per_label(norm, most, kind):
+    mesh = make("8", kind)
+    optimizer = scion_jax.scion(0.1, norm, shard_over="fsdp" if kind == "Auto" else None)
+    for specs in (PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")):
+        found = collectives(compiled(optimizer, BLOCKS, mesh, specs))
+        assert len(found) <= most
+        assert all(name == "all-reduce" for name, _ in found)
+
+
+@pytest.mark.fast
+def test_shares_of_the_work():
+    """Each device multiplies its own matrices only."""
+    text = compiled(
+        scion_jax.scion(0.1, Spectral()),
+        {str(index): (64, 64) for index in range(32)},
+        make("8", "Explicit"),
+        PartitionSpec("fsdp", None),
+    )
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)
+    assert shapes
+    assert set(shapes) == {"4,64,64"}
+
+
+@pytest.mark.fast
+def test_init_and_shapes():
+    mesh = make("8", "Explicit")
+    with jax.set_mesh(mesh):
+        params = place(tree()[0], mesh)
+        optimizer = scion_jax.clipped_scion(0.1, NORMS, LABELS, rho=1.0)
+        state = jax.jit(optimizer.init)(params)
+        for name, average in optax.tree.get(state, "average").items():
+            assert average.sharding == params[name].sharding
+        shapes = jax.eval_shape(optimizer.update, params, state, params)[0]
+        for name, shape in shapes.items():
+            assert shape.sharding.spec == params[name].sharding.spec
+        donated = jax.jit(optimizer.update, donate_argnums=(0, 1))
+        jax.block_until_ready(donated(jax.tree.map(jnp.copy, params), state, params))
+
+
+@pytest.mark.fast
+def test_errors():
+    with pytest.raises(TypeError, match="names of mesh axes"):
+        scion_jax.scion(0.1, shard_over=(3,))
+    with pytest.raises(ValueError, match="twice"):
+        scion_jax.scion(0.1, shard_over=("fsdp", "fsdp"))
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4))}
+    optimizer = scion_jax.scion(0.1, shard_over="fsdp")
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match="neither an axis of the current mesh"):
+        optimizer.update(params, state, params)
+    with jax.set_mesh(make("8", "Auto")):
+        jax.jit(optimizer.update)(params, state, params)
