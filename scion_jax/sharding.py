@@ -43,7 +43,7 @@ def zeros_like(array: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     `array` and 0 is simplified away once it has been told.
     """
     zeros = jnp.zeros_like(array, dtype=dtype)
-    if not isinstance(array, jax.core.Tracer):
+    if not isinstance(array, jax.Array):  # a mere shape
         return zeros
     return jnp.where(jnp.zeros_like(array, dtype=bool), array.astype(zeros.dtype), zeros)
 

@@ -7,7 +7,7 @@ for that, so the product is split into blocks, again and again:
         [ C₁₂ᵀ  C₂₂ ]      C₁₁ and C₂₂ symmetric again, computed as a batch of two
 
 `L` splits need `1/2 + 1/2^(L+1)` of the multiplications. Small blocks keep a processor less busy,
-so splitting ends at a smallest block: 384 rows on a CPU, 1,024 on accelerators.
+so splitting ends at a smallest block: 192 rows on a CPU, 1,024 on accelerators.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from scion_jax.stack import Product
 
-_SMALLEST_BLOCK_CPU = 384
+_SMALLEST_BLOCK_CPU = 192
 _SMALLEST_BLOCK = 1024
 
 
