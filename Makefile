@@ -10,6 +10,8 @@ VENV ?= .venv
 DEMO_ARGS ?= --overwrite
 # More arguments for pytest, for example: make test PYTEST_ARGS="-m slow -k sharding"
 PYTEST_ARGS ?=
+# scion.py of the authors' PyTorch code, for make bench to compare with. PyTorch has to be in VENV.
+REFERENCE ?=
 # Test processes. The default is one per core, and at most 8.
 TEST_JOBS ?= auto
 
@@ -22,13 +24,14 @@ define install
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 endef
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    train a small GPT with Scion on text that this machine has (under 4 minutes)"
 	@echo "make test    run the tests (but the slow ones: PYTEST_ARGS='-m slow')"
 	@echo "make lint    ruff check, ruff format --check, pyright"
+	@echo "make bench   measure time, memory and accuracy; see benchmarks/README.md"
 	@echo "make clean   remove the virtual environments, caches and build outputs"
 	@echo
 	@echo "PYTHON=3.12 (or a name, or a path) chooses the interpreter that .venv is made with."
@@ -46,6 +49,18 @@ lint: $(VENV)/.installed-dev
 	@$(python) -m ruff format --check .
 	@echo "pyright"
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(python) -m pyright --pythonpath $(python)
+
+results := benchmarks/results
+
+bench: $(VENV)/.installed-examples
+	@$(python) benchmarks/step_time.py --json $(results)/step_time.json \
+		$(if $(REFERENCE),--reference "$(REFERENCE)")
+	@$(python) benchmarks/compile_time.py --json $(results)/compile_time.json
+	@$(python) benchmarks/memory.py --json $(results)/memory.json
+	@$(python) benchmarks/collectives.py --json $(results)/collectives.json
+	@$(python) benchmarks/momentum_matrices.py $(results)/momentum.npz
+	@$(python) benchmarks/orthogonalization.py --matrices $(results)/momentum.npz \
+		--json $(results)/orthogonalization.json
 
 # Remade when an interrupted run left no interpreter, or one whose target is gone.
 $(python):

@@ -14,12 +14,15 @@ in JAX: `jax.grad` returns new arrays, which are among the temporaries here what
 A bfloat16 buffer is half as large, but sums are taken in float32, and where the compiler keeps them
 for all matrices at once, temporaries take back a part of what the buffer saves.
 
-Parameters and states follow from the shapes alone. The temporaries are those of XLA's CPU compiler
-in the versions named above the table; an accelerator's plans differ.
+Parameters and states follow from the shapes alone. The temporaries are those of the compiler for
+the device named above the tables; another's plans differ.
+
+The second table is about the update alone, `jax.jit(optimizer.update)`, on block trees (see
+block_trees.py) of more and more layers: its temporaries, and how many times the size of a layer's
+updates they grow by with each layer.
 """
 
-import argparse
-import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import optax
 
+from block_trees import COMPARED, OURS, PEER, array_bytes, block_shapes
 from gpt_data import BYTE_VOCABULARY
 from gpt_optimizers import OPTIMIZERS, Recipe, layer_norms, learning_rate_schedule, param_labels
 from gpt_settings import Settings, parse_settings
 from gpt_training import TrainState, make_loss, make_model, make_steps
+from reporting import Record, make_parser, markdown, record, report
 from scion_jax import scion, scion_light
 
 MICROBATCHES = 4
@@ -94,17 +98,15 @@ CASES: dict[str, Optimizer] = {
 }
 PEERS = ("adamw", "muon", "scion")
 
+UPDATE_WIDTH = 768
+UPDATE_DEPTHS = (2, 4, 8)
+
 
 def default_settings(*arguments: str) -> Settings:
     """Returns the model and the batch that are measured, unless ``arguments`` say otherwise."""
     shape = ["--width", "256", "--layers", "4", "--batch", "8", "--sequence", "128"]
     optimizers = {name: choice.defaults for name, choice in OPTIMIZERS.items()}
     return parse_settings([*shape, *arguments], "", optimizers)
-
-
-def array_bytes(tree: Any) -> int:
-    """Returns the size of all arrays of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def make_step(settings: Settings, name: str, microbatches: int) -> tuple[Callable, TrainState]:
@@ -153,32 +155,29 @@ def case_name(name: str, microbatches: int) -> str:
 
 def table(usages: dict[tuple[str, int], Usage]) -> str:
     """Formats a Markdown table in MiB, with the whole step's ratio to that of ``scion``."""
-    lines = [
-        "| optimizer | microbatches | parameters | optimizer state | temporaries | whole step "
-        "| to `scion` |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    quantities = ["parameters", "optimizer state", "temporaries", "whole step"]
+    titles = ["optimizer", "microbatches", *quantities, "to `scion`"]
+    rows = []
     for (name, microbatches), usage in usages.items():
         sizes = (usage.params, usage.state, usage.temporaries, usage.step)
         ratio = usage.step / usages["scion", microbatches].step
         cells = [*(f"{size / MEBIBYTE:.1f}" for size in sizes), f"{ratio:.2f}"]
         optimizer, comma, dtype = name.partition(",")
-        lines.append(f"| `{optimizer}`{comma}{dtype} | {microbatches} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"`{optimizer}`{comma}{dtype}", str(microbatches), *cells])
+    return markdown(titles, rows)
 
 
-def records(usages: dict[tuple[str, int], Usage]) -> list[dict[str, Any]]:
+def records(usages: dict[tuple[str, int], Usage]) -> list[Record]:
     """Compares each of our optimizers with its peers under the same number of microbatches."""
     return [
-        {
-            "benchmark": f"memory: {quantity}",
-            "case": case_name(name, microbatches),
-            "ours": round(ours / MEBIBYTE, 4),
-            "peer": round(peer / MEBIBYTE, 4),
-            "peer_name": peer_name,
-            "ratio": round(ours / peer, 4),
-            "unit": "MiB",
-        }
+        record(
+            f"memory: {quantity}",
+            case_name(name, microbatches),
+            ours / MEBIBYTE,
+            peer_name,
+            peer / MEBIBYTE,
+            "MiB",
+        )
         for (name, microbatches), usage in usages.items()
         if name.startswith("scion")
         for peer_name in PEERS
@@ -190,30 +189,104 @@ def records(usages: dict[tuple[str, int], Usage]) -> list[dict[str, Any]]:
     ]
 
 
+def update_temporaries(
+    optimizer: optax.GradientTransformation, width: int, depths: Sequence[int]
+) -> dict[int, int]:
+    """Compiles the update alone and asks what it needs beside arguments and results.
+
+    Args:
+        optimizer: The optimizer.
+        width: The width of the block trees.
+        depths: Their numbers of layers.
+
+    Returns:
+        The bytes of the temporaries by number of layers.
+    """
+    temporaries = {}
+    for layers in depths:
+        params = block_shapes(layers, width)
+        state = jax.eval_shape(optimizer.init, params)
+        plan = jax.jit(optimizer.update).lower(params, state, params).compile().memory_analysis()
+        temporaries[layers] = plan.temp_size_in_bytes
+    return temporaries
+
+
+def growth(temporaries: dict[int, int], width: int) -> float:
+    """Returns by how many times the size of a layer's updates temporaries grow with each layer."""
+    slope = statistics.linear_regression(list(temporaries), list(temporaries.values())).slope
+    return slope / array_bytes(block_shapes(1, width))
+
+
+def update_table(temporaries: dict[str, dict[int, int]], width: int) -> str:
+    """Formats a Markdown table in MiB, with the ratio of each to the peer in the last column."""
+    depths = list(temporaries[PEER])
+    rows = [
+        [
+            f"`{name}`",
+            *(f"{sizes[layers] / MEBIBYTE:.1f}" for layers in depths),
+            f"{growth(sizes, width):.2f}",
+            f"{sizes[depths[0]] / temporaries[PEER][depths[0]]:.2f}",
+        ]
+        for name, sizes in temporaries.items()
+    ]
+    titles = [f"{layers} layers" for layers in depths]
+    return markdown(["update of", *titles, "growth / updates", f"to `{PEER}`, {titles[0]}"], rows)
+
+
+def update_records(temporaries: dict[str, dict[int, int]], width: int) -> list[Record]:
+    """Compares our update's temporaries and their growth with the peer's."""
+    ours, peer = temporaries[OURS], temporaries[PEER]
+    case = f"{OURS}, width {width}"
+    return [
+        record(
+            "memory: temporaries of an update",
+            f"{case}, {layers} layers",
+            size / MEBIBYTE,
+            PEER,
+            peer[layers] / MEBIBYTE,
+            "MiB",
+        )
+        for layers, size in ours.items()
+    ] + [
+        record(
+            "memory: growth of an update's temporaries per layer",
+            case,
+            growth(ours, width),
+            PEER,
+            growth(peer, width),
+            "sizes of a layer's updates",
+        )
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the table.
+    """Prints the tables.
 
     Args:
         arguments: The command line without the program's name; None means ``sys.argv``.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write records there")
-    path = parser.parse_args(arguments).json
+    path = make_parser(__doc__).parse_args(arguments).json
     settings = default_settings()
     usages = {
         (name, microbatches): measure(settings, name, microbatches)
         for microbatches in (1, MICROBATCHES)
         for name in CASES
     }
-    print(
+    temporaries = {
+        name: update_temporaries(optimizer, UPDATE_WIDTH, UPDATE_DEPTHS)
+        for name, optimizer in COMPARED.items()
+    }
+    heading = (
         f"MiB; width {settings.width}, {settings.layers} layers, batch {settings.batch}, sequence "
-        f"{settings.sequence}; jaxlib {jaxlib.__version__}, optax {optax.__version__}, CPU\n"
+        f"{settings.sequence}"
     )
-    print(table(usages))
-    if path:
-        path.write_text(json.dumps(records(usages), indent=1) + "\n")
+    update_heading = f"The update alone, MiB; block trees of width {UPDATE_WIDTH}"
+    report(
+        heading,
+        [table(usages), update_heading, update_table(temporaries, UPDATE_WIDTH)],
+        records(usages) + update_records(temporaries, UPDATE_WIDTH),
+        path,
+    )
 
 
 if __name__ == "__main__":

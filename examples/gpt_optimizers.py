@@ -53,7 +53,7 @@ class Recipe:
     schedule: optax.Schedule
     norms: Mapping[str, Norm]
     settings: Settings
-    shard_over: tuple[str, ...] | None
+    shard_over: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def _unstacked(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     if len(sizes) == 1:
         return [stack]
-    hidden = jax.lax.optimization_barrier(tuple(jnp.int32(start) for start in starts))
+    # Unsigned, so that no index is checked for being negative.
+    hidden = jax.lax.optimization_barrier(tuple(jnp.uint32(start) for start in starts))
     return [
         jax.lax.dynamic_slice_in_dim(stack, start, size)
         for start, size in zip(hidden, sizes, strict=True)

@@ -59,7 +59,10 @@ def remember(buffer: jax.Array, momentum: ArrayLike) -> jax.Array:
         Array of the buffer's shape and dtype.
     """
     alpha = jnp.asarray(momentum, buffer.dtype)
-    return jnp.where(alpha == 1, 0, (1 - alpha) * buffer)
+    kept = (1 - alpha) * buffer
+    if is_number(momentum) and momentum != 1:
+        return kept  # spares every leaf a comparison, in a graph that grows with them
+    return jnp.where(alpha == 1, 0, kept)
 
 
 def average_gradients(

@@ -1,7 +1,10 @@
 """The benchmarks: that they measure what they say."""
 
+import json
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,14 +12,28 @@ pytest.importorskip("flax")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import block_trees
+import collectives
+import compile_time
 import memory
+import momentum_matrices
+import orthogonalization
+import reference
+import reporting
+import step_time
+from scion_jax import ExactPolar, NewtonSchulz, Spectral
 
+FIELDS = {"benchmark", "case", "ours", "peer", "peer_name", "ratio", "unit"}
 TINY = ("--width", "32", "--layers", "1", "--heads", "2", "--sequence", "16")
 
 
 def buffer_bytes(tree):
-    return memory.array_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.ndim])
+    return block_trees.array_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.ndim])
 
 
 @pytest.mark.fast
@@ -36,7 +53,7 @@ def test_optimizer_state_is_a_number_of_buffers(name, plain, accumulated):
         _, state = memory.make_step(settings, name, microbatches)
         expected = buffers * buffer_bytes(state.params)
         assert buffer_bytes(state.optimizer) == expected
-        assert memory.array_bytes(state.optimizer) <= expected + 32  # counts
+        assert block_trees.array_bytes(state.optimizer) <= expected + 32  # counts
 
 
 def test_muon_holds_a_second_buffer_for_what_adam_trains():
@@ -71,3 +88,469 @@ def test_table_and_records_compare_like_with_like():
         "ratio": 1.6667,
         "unit": "MiB",
     } in memory.records(usages)
+
+
+def test_growth_of_temporaries_is_in_sizes_of_a_layers_updates():
+    layer = 12 * 8 * 8 * 4  # bytes
+    temporaries = {layers: 100 + 3 * layer * layers for layers in (2, 4, 8)}
+    assert memory.growth(temporaries, 8) == pytest.approx(3)
+
+
+@pytest.mark.fast
+def test_temporaries_are_those_of_the_update():
+    def update(updates, state, params=None):
+        del params
+        squares = jax.tree.map(lambda leaf: leaf @ leaf.T, updates)  # not fused, hence kept
+        return jax.tree.map(lambda square, leaf: square @ leaf, squares, updates), state
+
+    two_products = optax.GradientTransformation(optax.identity().init, update)
+    assert memory.update_temporaries(optax.identity(), 16, (1,))[1] < 1000
+    temporaries = memory.update_temporaries(two_products, 16, (1,))[1]
+    assert temporaries >= 4 * (64 * 64)  # of the largest square at least
+
+
+@pytest.mark.fast
+def test_memory_reports_both_tables(tmp_path, monkeypatch, capsys):
+    usage = memory.Usage(2**20, 2**20, 2**20, 3 * 2**20)
+    monkeypatch.setattr(memory, "measure", lambda settings, name, microbatches: usage)
+    monkeypatch.setattr(memory, "UPDATE_WIDTH", 8)
+    monkeypatch.setattr(memory, "UPDATE_DEPTHS", (1, 2))
+    with jax.numpy_dtype_promotion("standard"):  # Optax's own, in muon
+        memory.main(["--json", str(tmp_path / "memory.json")])
+    printed = capsys.readouterr().out
+    assert "| `scion_light`, bfloat16 | 4 |" in printed
+    assert "| `optax.contrib.muon` |" in printed
+    benchmarks = {line["benchmark"] for line in read_records(tmp_path / "memory.json")}
+    assert len(benchmarks) == 4
+
+
+def read_records(path):
+    """Reads records and checks their fields and ratios."""
+    found = json.loads(path.read_text())
+    for line in found:
+        assert set(line) == FIELDS
+        if line["ratio"] is not None and min(line["ours"], line["peer"]) > 0.1:  # all are rounded
+            assert line["ratio"] == pytest.approx(line["ours"] / line["peer"], rel=2e-3)
+    return found
+
+
+@pytest.mark.fast
+def test_each_call_has_its_turn_in_every_round():
+    turns = []
+    calls = {name: lambda name=name: turns.append(name) or len(turns) for name in "abc"}
+    results = reporting.alternate(calls, 20)
+    rounds = [tuple(turns[start : start + 3]) for start in range(0, 60, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 3
+    for name, numbers in results.items():
+        assert [turns[number - 1] for number in numbers] == [name] * 20
+
+
+@pytest.mark.fast
+def test_first_call_is_not_timed(monkeypatch):
+    made = []
+    times = reporting.alternating_times({"a": lambda: made.append(0)}, 3)
+    assert len(made) == 4
+    assert len(times["a"]) == 3
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
+    assert reporting.seconds(lambda: jnp.ones(1)) == 2.5
+
+
+@pytest.mark.fast
+def test_ratio_is_ours_to_the_peers():
+    line = reporting.record("time", "case", 1.0, "peer", 4.0, "ms")
+    assert set(line) == FIELDS
+    assert line["ratio"] == 0.25
+    assert reporting.record("time", "case", 1.0, "peer", 0.0, "ms")["ratio"] is None
+
+
+@pytest.mark.fast
+def test_a_median_needs_three_rounds(capsys):
+    parser = reporting.make_parser("", rounds=7)
+    assert parser.parse_args([]).rounds == 7
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--rounds", "2"])
+    assert "at least 3" in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_heading_names_the_machine():
+    line = reporting.machine()
+    assert all(part in line for part in ("cores", "device cpu", jax.__version__))
+
+
+@pytest.mark.fast
+def test_block_tree_has_the_matrices_of_gpt2():
+    tree = block_trees.block_shapes(3, 8)
+    assert len(tree) == 3
+    shapes = [leaf.shape for leaf in jax.tree.leaves(tree["layer2"])]
+    assert sorted(shapes) == [(8, 8)] * 4 + [(8, 32), (32, 8)]
+    assert block_trees.array_bytes(tree) == 3 * 12 * 8 * 8 * 4
+    drawn = block_trees.gaussian_like(tree, 0)
+    assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(lambda leaf: leaf.shape, tree)
+    assert jnp.std(drawn["layer0"]["expand"]) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.fast
+def test_necessary_work_is_that_of_every_matrix():
+    method = NewtonSchulz("quintic", 5)
+    work = block_trees.necessary_flops(block_trees.block_shapes(3, 8), method)
+    assert work == 3 * (4 * method.flops(8, 8) + 2 * method.flops(8, 32))
+    assert Spectral().orthogonalizer == NewtonSchulz()  # the default row's, in step_time
+
+
+@pytest.mark.fast
+def test_update_call_is_the_update_after_the_first():
+    shapes = block_trees.block_shapes(1, 8)
+    params, gradient = (block_trees.gaussian_like(shapes, seed) for seed in (0, 1))
+    optimizer = step_time.OURS[step_time.DEFAULT]
+    updates, state = step_time.update_call(optimizer, params, gradient)()
+    _, expected_state = optimizer.update(gradient, optimizer.init(params), params)
+    expected, expected_state = optimizer.update(gradient, expected_state, params)
+    for one, other in ((updates, expected), (state, expected_state)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one, other)
+
+
+@pytest.mark.fast
+def test_product_is_of_all_square_matrices():
+    product = step_time.product_call(2, 8)()
+    assert product.shape == (8, 8, 8)
+    assert step_time.product_flops(2, 8) == 8 * (2 * 8**3)
+
+
+@pytest.mark.fast
+def test_share_is_necessary_work_by_time_and_product_rate():
+    times = {name: [0.5, 0.25, 0.125] for name in (*step_time.OURS, *step_time.PEERS)}
+    times[step_time.PRODUCT] = [1.0, 2.0, 4.0]
+    work, rate, product_rate = step_time.rates(2, 8, times)
+    assert work == block_trees.necessary_flops(block_trees.block_shapes(2, 8), NewtonSchulz())
+    assert rate == work / 0.25
+    assert product_rate == step_time.product_flops(2, 8) / 2
+    assert f"share of the product rate {rate / product_rate:.2f}" in step_time.share_of_rate(
+        2, 8, times
+    )
+
+
+@pytest.mark.fast
+def test_step_time_compares_all_with_all_peers(tmp_path, capsys):
+    path = tmp_path / "results" / "step_time.json"
+    with jax.numpy_dtype_promotion("standard"):  # Optax's own, in muon
+        step_time.main(["--cases", "1x8", "--rounds", "3", "--json", str(path)])
+    times = [line for line in read_records(path) if line["unit"] == "ms"]
+    assert len(times) == len(step_time.OURS) * len(step_time.PEERS)
+    assert {line["peer_name"] for line in times} == set(step_time.PEERS)
+    printed = capsys.readouterr().out
+    assert printed.startswith(reporting.machine())
+    assert "1 layers of width 8" in printed
+
+
+PUBLISHED = """
+class Scion:
+    def __init__(self, params, lr, momentum, norm, unconstrained):
+        self.shapes = [param.shape for param in params]
+    def step(self):
+        steps.append(self.shapes)
+steps = []
+def iteration(G):
+    return G.bfloat16()
+"""
+
+
+@pytest.mark.fast
+def test_published_code_runs_as_it_is_or_in_float32(tmp_path):
+    path = tmp_path / "scion.py"
+    path.write_text(PUBLISHED)
+    tensor = SimpleNamespace(bfloat16=lambda: "bfloat16", float=lambda: "float32")
+    for dtype in reference.DTYPES:
+        assert reference.load(path, dtype).iteration(tensor) == dtype
+    path.write_text("")
+    with pytest.raises(ValueError, match="does not contain"):
+        reference.load(path, "float32")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+def test_published_code_gets_the_same_matrices_in_its_layout(tmp_path, monkeypatch, mode):
+    def torch_compile(function):
+        if mode == "eager":
+            raise RuntimeError("no compiler")
+        return function
+
+    stances = []
+    torch = SimpleNamespace(
+        compile=torch_compile,
+        compiler=SimpleNamespace(set_stance=stances.append),
+        manual_seed=lambda seed: None,
+        nn=SimpleNamespace(Parameter=lambda x: SimpleNamespace(shape=x.shape)),
+        ones=lambda *shape, device: np.ones(shape),
+        randn=lambda shape, device: np.zeros(shape),
+        randn_like=lambda x: np.zeros(x.shape),
+        set_num_threads=lambda count: None,
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(reference, "load", lambda path, dtype: module)
+    path = tmp_path / "scion.py"
+    path.write_text(PUBLISHED)
+    module = SimpleNamespace()
+    exec(PUBLISHED, module.__dict__)
+    name, step = reference.reference_call(path, block_trees.block_shapes(1, 8), 1e-3)
+    step()
+    assert name == f"PyTorch Scion, bfloat16, {mode}"
+    assert stances == (["force_eager"] if mode == "eager" else [])
+    expected = [leaf.shape[::-1] for leaf in jax.tree.leaves(block_trees.block_shapes(1, 8))]
+    assert module.steps == [expected]
+
+
+@pytest.mark.fast
+def test_every_compilation_starts_afresh():
+    traces = []
+
+    def update(updates, state, params=None):
+        del params
+        traces.append(updates)
+        return updates, state
+
+    optimizer = optax.GradientTransformation(optax.identity().init, update)
+    costs = [
+        compile_time.compile_afresh(optimizer, block_trees.block_shapes(1, 8)) for _ in range(2)
+    ]
+    assert len(traces) == 2
+    assert costs[0].hlo == costs[1].hlo > 0
+    assert costs[0].stablehlo == costs[1].stablehlo > 0
+    assert all(cost.lower > 0 and cost.compile > 0 for cost in costs)
+
+
+@pytest.mark.fast
+def test_growth_of_compilation_is_deep_by_shallow():
+    cost = compile_time.Cost
+    costs = {(12, name): cost(1.0, 2.0, 3.0, 4.0) for name in (block_trees.OURS, block_trees.PEER)}
+    costs[48, block_trees.OURS] = cost(2.0, 2.0, 3.0, 4.0)
+    costs[48, block_trees.PEER] = cost(4.0, 8.0, 12.0, 16.0)
+    assert compile_time.growth(costs, block_trees.OURS) == cost(2.0, 1.0, 1.0, 1.0)
+    assert compile_time.growth(costs, block_trees.PEER) == cost(4.0, 4.0, 4.0, 4.0)
+    growths = [line for line in compile_time.records(costs) if "growth" in line["benchmark"]]
+    assert [line["ratio"] for line in growths] == [0.5, 0.25, 0.25, 0.25]
+    assert compile_time.median_cost([cost(1, 5, 1, 1), cost(2, 4, 1, 1), cost(3, 3, 1, 1)]) == cost(
+        2, 4, 1, 1
+    )
+
+
+@pytest.mark.fast
+def test_compile_time_reports(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "compile_time.json"
+    cache = jax.config.jax_enable_compilation_cache
+    quick = dict(zip(block_trees.COMPARED, (optax.sgd(0.1), optax.lion(0.1)), strict=True))
+    monkeypatch.setattr(compile_time, "COMPARED", quick)
+    options = ["--width", "8", "--depths", "1", "2", "--rounds", "3"]
+    compile_time.main([*options, "--json", str(path)])
+    assert jax.config.jax_enable_compilation_cache == cache
+    assert len(read_records(path)) == 3 * 4
+    assert "| `unconstrained_scion` | 2 / 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.fast
+def test_alignment_gauge_and_gain_of_a_known_factor():
+    decomposition = np.eye(2), np.array([3.0, 1.0]), np.eye(2)
+    assert orthogonalization.judge(np.eye(2), decomposition) == (1, 1, 1)
+    judged = orthogonalization.judge(np.diag([1.0, 0.5]), decomposition)
+    assert judged == (3.5 / 4, 1, 0.5)
+    judged = orthogonalization.judge(np.diag([0.5, 2.0]), decomposition)
+    assert judged == (3.5 / (4 * 2), 2, 0.5)
+    rank_one = np.eye(2), np.array([3.0, 0.001]), np.eye(2)
+    assert orthogonalization.judge(np.diag([1.0, 0.0]), rank_one)[2] == 1  # what matters
+
+
+@pytest.mark.fast
+def test_synthetic_matrices_have_the_spectra_they_are_named_for():
+    cases = orthogonalization.synthetic_cases(8, 2)
+    assert {stack.shape for stack in cases.values()} == {(2, 8, 8), (2, 8, 32), (2, 8, 128)}
+    spectra = {name: np.linalg.svd(stack, compute_uv=False) for name, stack in cases.items()}
+    expected = 10 ** (-6 * np.arange(1, 9) / 8)
+    for name, sigma in spectra.items():
+        if name.startswith("σ_j"):
+            np.testing.assert_allclose(sigma, np.tile(expected, (2, 1)), atol=1e-6)
+        rank = 1 if name.startswith("rank 1") else 4 if name.startswith("half") else 8
+        if not name.startswith("σ_j"):
+            assert np.all(np.sum(sigma > 1e-4 * sigma[:, :1], axis=1) == rank)
+
+
+@pytest.mark.fast
+def test_methods_are_judged_as_they_are():
+    matrices = orthogonalization.synthetic_cases(8, 2)["Gaussian, 8 × 32"]
+    peer, default = orthogonalization.PEER, NewtonSchulz()
+    every = orthogonalization.methods()
+    named = {name: every[name] for name in (orthogonalization.OURS, peer, orthogonalization.EXACT)}
+    qualities = orthogonalization.evaluate(matrices, named, 3)
+    exact = qualities[orthogonalization.EXACT]
+    assert (exact.alignment, exact.gauge, exact.gain) == pytest.approx((1, 1, 1), abs=1e-5)
+    assert exact.megaflops is None
+    assert qualities[orthogonalization.OURS].megaflops == default.flops(8, 32) / 1e6
+    assert qualities[peer].gauge > 1.05
+    assert orthogonalization.flags(qualities[peer], qualities[peer]) == "OUT"
+    assert orthogonalization.flags(exact, qualities[peer]) == ""
+    assert "| – |" in orthogonalization.table(qualities)
+    assert every[peer] == NewtonSchulz("quintic", 5, jnp.bfloat16)
+
+
+@pytest.mark.fast
+def test_methods_cover_dtypes_and_steps():
+    every = orthogonalization.methods()
+    assert len(set(every.values())) == len(every)
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert sum(name.endswith(dtype) for name in every) >= 4
+    assert every[orthogonalization.EXACT] == ExactPolar()
+
+
+@pytest.mark.fast
+def test_a_result_that_is_not_finite_is_flagged():
+    overflowing = {"broken": NewtonSchulz([(1e30, 0.0, 0.0)] * 3)}
+    matrices = orthogonalization.synthetic_cases(4, 1)["Gaussian, 4 × 4"]
+    broken = orthogonalization.evaluate(matrices, overflowing, 3)["broken"]
+    good = orthogonalization.Quality(0.9, 1.0, 0.9, 1.0, 1.0, True)
+    assert orthogonalization.flags(broken, good) == "NAN"
+    low = orthogonalization.Quality(0.8, 1.2, 0.9, 1.0, 1.0, True)
+    assert orthogonalization.flags(low, good) == "LOW OUT"
+
+
+@pytest.mark.fast
+def test_momentum_matrices_are_saved_and_judged(tmp_path, capsys, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_bytes(random.Random(0).randbytes(4000))
+    path = tmp_path / "matrices" / "momentum.npz"
+    flags = ["--data", str(text), "--batch", "2", "--optimizer", "scion"]
+    momentum_matrices.main([str(path), "--steps", "2", *TINY, *flags])
+    with np.load(path) as saved:
+        matrices = dict(saved)
+    assert sorted(matrix.shape for matrix in matrices.values()) == [(32, 32)] * 4 + [
+        (32, 128),
+        (128, 32),
+    ]
+    assert all(matrix.dtype == np.float32 and matrix.any() for matrix in matrices.values())
+    assert "6 matrices after 2 steps" in capsys.readouterr().out
+    cases = orthogonalization.saved_cases(path)
+    assert {name: stack.shape for name, stack in cases.items()} == {
+        "momentum, 32 × 32, 4 matrices": (4, 32, 32),
+        "momentum, 32 × 128, 2 matrices": (2, 32, 128),
+    }
+
+    every = orthogonalization.methods()
+    few = {name: every[name] for name in (orthogonalization.OURS, orthogonalization.PEER)}
+    monkeypatch.setattr(orthogonalization, "methods", lambda: few | {"exact": ExactPolar()})
+    monkeypatch.setattr(orthogonalization, "synthetic_cases", lambda rows, count: {})
+    monkeypatch.setattr(orthogonalization, "EXACT_LIMIT", 16)
+    records = tmp_path / "orthogonalization.json"
+    options = ["--rounds", "3", "--matrices", str(path), "--json", str(records)]
+    orthogonalization.main(options)
+    assert len(read_records(records)) == 2 * 3
+    assert "momentum, 32 × 128, 2 matrices" in capsys.readouterr().out
+
+
+def row_mesh(devices):
+    """A mesh of one axis and the sharding of rows along it."""
+    mesh = jax.make_mesh((devices,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    return NamedSharding(mesh, PartitionSpec("fsdp"))
+
+
+def cost_of(function, sharding, shape=(8, 16), dtype=jnp.float32):
+    """Reads the cost of a function of one array whose results are split by `sharding`."""
+    array = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return collectives.read_cost(
+        jax.jit(function, out_shardings=sharding).lower(array).compile().as_text()
+    )
+
+
+def mapped(function, sharding):
+    specs = {"in_specs": sharding.spec, "out_specs": sharding.spec}
+    return jax.shard_map(function, mesh=sharding.mesh, check_vma=False, **specs)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("function", "kind", "moved"),
+    [
+        (lambda rows: rows + jax.lax.psum(rows, "fsdp"), "all-reduce", 2 * 16 * 4),
+        (lambda rows: jax.lax.all_gather(rows, "fsdp").sum(0), "all-gather", 8 * 16 * 4),
+        (
+            lambda rows: jax.lax.all_to_all(rows, "fsdp", 1, 1, tiled=True),
+            "all-to-all",
+            2 * 16 * 4,
+        ),
+        (
+            lambda rows: jax.lax.ppermute(rows, "fsdp", [(0, 1), (1, 2), (2, 3), (3, 0)]),
+            "collective-permute",
+            2 * 16 * 4,
+        ),
+        (
+            lambda rows: jax.lax.psum_scatter(rows, "fsdp", scatter_dimension=1, tiled=True).repeat(
+                4, axis=1
+            ),
+            "reduce-scatter",
+            2 * 16 * 4,
+        ),
+    ],
+)
+def test_collectives_are_counted_with_what_they_move(function, kind, moved):
+    sharding = row_mesh(4)
+    cost = cost_of(mapped(function, sharding), sharding)
+    assert (cost.counts, cost.moved, cost.looped) == ({kind: 1}, moved, 0)
+
+
+@pytest.mark.fast
+def test_collectives_and_products_in_loops_count_each_time_around():
+    def rows_of_loop(rows):
+        def body(_, rows):
+            return jax.lax.psum(rows @ rows.mT @ rows, "fsdp")
+
+        return jax.lax.fori_loop(0, 5, body, rows)
+
+    sharding = row_mesh(4)
+    cost = cost_of(mapped(rows_of_loop, sharding), sharding, (32, 16))
+    assert (cost.counts, cost.looped) == ({"all-reduce": 5}, 5)
+    assert cost.moved == 5 * 8 * 16 * 4
+    assert cost.flops == 5 * 2 * (2 * 8 * 16 * 8)
+
+
+@pytest.mark.fast
+def test_loops_that_do_not_say_how_often_are_refused():
+    def halved(rows):
+        return jax.lax.while_loop(lambda rows: rows.sum() > 1, lambda rows: rows / 2, rows)
+
+    with pytest.raises(ValueError, match="how often"):
+        cost_of(halved, row_mesh(1))
+
+
+@pytest.mark.fast
+def test_bytes_follow_from_types():
+    text = "(f32[1,8,2]{2,1,0}, /*index=1*/u16[4]{0}, bf16[3]{0}, pred[5]{0}, s32[], f8e4m3fn[2])"
+    assert collectives.type_bytes(text) == 64 + 8 + 6 + 5 + 4 + 2
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize(("mesh", "moves"), [("fsdp", 2), ("fsdp×tensor", 4)])
+def test_each_stack_moves_there_and_back_along_each_axis(mesh, mode, moves):
+    case = collectives.Case(mesh, mode, 4, block_trees.OURS)
+    cost = collectives.measure(case, 4, 16)
+    assert cost.counts == {"all-to-all": 3 * moves}
+    assert cost.looped == 0
+    assert cost.moved == moves / 2 * collectives.needed_bytes(case.name, 4, 16) / 4
+    tree = block_trees.block_shapes(4, 16)
+    assert cost.flops == block_trees.necessary_flops(tree, NewtonSchulz()) / 4
+
+
+def test_many_devices_are_compared_with_the_peer(tmp_path, capsys):
+    files = ["--json", str(tmp_path / "collectives.json"), "--plot", str(tmp_path / "growth.png")]
+    size = ["--devices", "1", "2", "--meshes", "fsdp", "--layers", "1", "--width", "8"]
+    with jax.numpy_dtype_promotion("standard"):  # Optax's own, in muon
+        collectives.main([*files, *size])
+    printed = capsys.readouterr().out
+    assert printed.count("`optax.contrib.muon` | raises ShardingTypeError") == 2
+    found = read_records(tmp_path / "collectives.json")
+    assert len(found) == 2 * 2 * 2 * 4  # devices, axis types, ours, quantities
+    assert {line["peer_name"] for line in found} == {
+        "optax.contrib.muon",
+        "optax.contrib.muon, Auto",
+    }
+    assert all((line["peer"] == 0) == (line["ratio"] is None) for line in found)
+    assert (tmp_path / "growth.png").stat().st_size > 1000

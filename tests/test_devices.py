@@ -113,10 +113,17 @@ def expected():
     }
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize(
-    ("mesh", "optimizer"),
-    [*(("4x2", name) for name in OPTIMIZERS), ("8", "scion"), ("2x2x2", "scion")],
+    ("mesh", "optimizer", "kind"),
+    [
+        *(("4x2", name, "Explicit") for name in OPTIMIZERS),
+        ("4x2", "scion_light", "Auto"),
+        ("4x2", "short_step", "Auto"),
+        ("8", "scion", "Auto"),
+        ("8", "clipped_scion", "Explicit"),
+        ("2x2x2", "almond", "Auto"),
+        ("2x2x2", "unconstrained_scion", "Explicit"),
+    ],
 )
 def test_on_a_mesh_as_on_one_device(optimizer, mesh, kind, expected):
     mesh = make(mesh, kind)
@@ -137,9 +144,11 @@ def test_on_a_mesh_as_on_one_device(optimizer, mesh, kind, expected):
 @pytest.mark.parametrize(
     ("optimizer", "names"),
     [
-        *((name, ("fsdp", "tensor")) for name in OPTIMIZERS),
+        ("short_step", ("fsdp", "tensor")),
+        ("scion_light", ("fsdp", "tensor")),
+        ("almond", "fsdp"),
         ("clipped_scion", None),
-        ("clipped_scion", "tensor"),
+        ("unconstrained_clipped_scion", "tensor"),
     ],
 )
 def test_inside_shard_map(optimizer, names, expected):
@@ -227,6 +236,12 @@ def collectives(text):
     return found
 
 
+def in_loops(text):
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    starts = [text.index(f"%{body} (") for body in bodies]
+    return [c for start in starts for c in collectives(text[start : text.index("\n}", start)])]
+
+
 BLOCK = {"q": (64, 64), "o": (64, 64), "up": (64, 256), "down": (256, 64)}
 BLOCKS = {f"{name}{layer}": shape for layer in range(8) for name, shape in BLOCK.items()}
 
@@ -243,10 +258,21 @@ def test_two_collectives_per_stack(kind, narrow):
     assert [name for name, _ in found] == ["all-to-all"] * 6
     ideal = 2 * sum(math.prod(shape) for shape in BLOCKS.values()) / 8 * (2 if narrow else 4)
     assert sum(size for _, size in found) <= 1.05 * ideal
-    bodies = re.findall(r"body=%?([\w.\-]+)", text)
-    for body in bodies:
-        inside = text[text.index(f"%{body} (") :]
-        assert not collectives(inside[: inside.index("\n}")])
+    assert not in_loops(text)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_no_communication_inside_the_iteration(kind):
+    """Neither for a stack of one matrix, nor if matrices are split over further axes."""
+    norm = Spectral(orthogonalizer=NewtonSchulz(compute_dtype=jnp.bfloat16))
+    optimizer = scion_jax.scion(0.1, norm, shard_over="fsdp")
+    shapes = {"one": (32, 32), **{str(index): (64, 64) for index in range(4)}}
+    specs = PartitionSpec("fsdp", "tensor")
+    text = compiled(optimizer, shapes, make("4x2", kind), specs)
+    assert "while(" in text
+    assert collectives(text)
+    assert not in_loops(text)
 
 
 @pytest.mark.fast

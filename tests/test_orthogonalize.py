@@ -161,6 +161,25 @@ def test_chunks_are_the_whole(sizes, chunk):
     assert largest[0] <= 3 * chunk
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_chunks_leaf_by_leaf_and_order_make_no_difference(dtype):
+    rng = np.random.default_rng(0)
+    shapes = [(1, 8, 24), (1, 24, 8), (3, 8, 8), (1, 8, 24), (2, 8, 8), (1, 24, 8), (1, 8, 24)]
+    batches = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    whole = NewtonSchulz(compute_dtype=dtype, chunk_bytes=2**30)
+    chunked = NewtonSchulz(compute_dtype=dtype, chunk_bytes=1)
+    expected = [orthogonalize_stacks([batch], whole)[0] for batch in batches]
+    order = rng.permutation(len(batches))
+    shuffled = orthogonalize_stacks([batches[index] for index in order], chunked)
+    for one, results in (
+        (expected, orthogonalize_stacks(batches, whole)),
+        (expected, orthogonalize_stacks(batches, chunked)),
+        ([expected[index] for index in order], shuffled),
+    ):
+        for wanted, result in zip(one, results, strict=True):
+            np.testing.assert_allclose(result, wanted, atol=1e-5 if dtype == jnp.float32 else 2e-2)
+
+
 def test_one_number_per_matrix():
     rng = np.random.default_rng(0)
     shapes = [(2, 3, 2), (1, 2, 3), (4, 2, 2), (3, 3, 2)]

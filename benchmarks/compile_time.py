@@ -1,0 +1,187 @@
+"""Time to trace and to compile an optimizer's update, and how much code that gives, by depth.
+
+    python benchmarks/compile_time.py                            # 12 and 48 layers of width 128
+    python benchmarks/compile_time.py --width 64 --depths 2 8 --rounds 3
+
+The update of the hidden matrices of a GPT-2 (block_trees.py) is compiled afresh every time: JAX's
+caches are emptied before, the one on disk is off, and the function is a new one. The optimizers
+take turns. Nothing is run.
+
+Columns: the time to trace and lower, the time to compile, the length of the StableHLO text that the
+compiler is given and of the HLO text after its passes; below, how many times larger each is for the
+deepest tree than for the shallowest. What grows less than the depth was done once for several
+layers.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import jax
+import optax
+
+from block_trees import COMPARED, OURS, PEER, block_shapes
+from reporting import Record, alternate, make_parser, markdown, record, report
+
+UNITS = {"lower": "s", "compile": "s", "stablehlo": "kB", "hlo": "kB"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a fresh compilation takes and gives.
+
+    Attributes:
+        lower: Seconds to trace and lower.
+        compile: Seconds to compile.
+        stablehlo: Length of the text before the compiler, in kB.
+        hlo: Length of the text after it, in kB.
+    """
+
+    lower: float
+    compile: float
+    stablehlo: float
+    hlo: float
+
+
+Costs = dict[tuple[int, str], Cost]  # by number of layers and optimizer
+
+
+def compile_afresh(optimizer: optax.GradientTransformation, shapes: Any) -> Cost:
+    """Compiles an optimizer's update as if for the first time.
+
+    Args:
+        optimizer: The optimizer.
+        shapes: The shapes of the parameters.
+
+    Returns:
+        What it took and gave.
+    """
+    state = jax.eval_shape(optimizer.init, shapes)
+    jax.clear_caches()
+    start = time.perf_counter()
+    # A new function each time: the one jitted before would be found again.
+    update = jax.jit(lambda gradient, state, params: optimizer.update(gradient, state, params))
+    lowered = update.lower(shapes, state, shapes)
+    between = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    return Cost(
+        between - start,
+        end - between,
+        len(lowered.as_text()) / 1e3,
+        len(compiled.as_text() or "") / 1e3,
+    )
+
+
+def median_cost(costs: Sequence[Cost]) -> Cost:
+    """Returns the median of each quantity."""
+    return Cost(*(statistics.median(numbers) for numbers in zip(*map(astuple, costs), strict=True)))
+
+
+def measure(depths: Sequence[int], width: int, rounds: int) -> Costs:
+    """Compiles every optimizer's update for every depth, in turns.
+
+    Args:
+        depths: The numbers of layers.
+        width: The width of the block trees.
+        rounds: How often.
+
+    Returns:
+        The medians.
+    """
+    calls: dict[tuple[int, str], Callable[[], Cost]] = {
+        (layers, name): lambda layers=layers, optimizer=optimizer: compile_afresh(
+            optimizer, block_shapes(layers, width)
+        )
+        for layers in depths
+        for name, optimizer in COMPARED.items()
+    }
+    compile_afresh(COMPARED[OURS], block_shapes(1, 8))  # the compiler itself starts up once
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return {key: median_cost(costs) for key, costs in alternate(calls, rounds).items()}
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def growth(costs: Costs, name: str) -> Cost:
+    """Returns how many times larger each quantity is for the deepest tree than the shallowest."""
+    depths = [layers for layers, _ in costs]
+    deep, shallow = costs[max(depths), name], costs[min(depths), name]
+    ratios = (a / b for a, b in zip(astuple(deep), astuple(shallow), strict=True))
+    return Cost(*ratios)
+
+
+def table(costs: Costs) -> str:
+    """Formats the medians and their growth, each with its ratio to the peer's."""
+    quantities = [field.name for field in fields(Cost)]
+    titles = ["update of", "layers"]
+    for quantity in quantities:
+        titles += [f"{quantity} ({UNITS[quantity]})", "ratio"]
+    depths = sorted({layers for layers, _ in costs})
+    named = {(str(layers), name): cost for (layers, name), cost in costs.items()}
+    if len(depths) > 1:
+        named |= {(f"{depths[-1]} / {depths[0]}", name): growth(costs, name) for name in COMPARED}
+    rows = []
+    for (case, name), cost in named.items():
+        cells = [f"`{name}`", case]
+        for ours, peer in zip(astuple(cost), astuple(named[case, PEER]), strict=True):
+            cells += [f"{ours:.3g}", f"{ours / peer:.2f}"]
+        rows.append(cells)
+    return markdown(titles, rows)
+
+
+def records(costs: Costs) -> list[Record]:
+    """Compares our medians, and how they grow, with the peer's."""
+    depths = sorted({layers for layers, _ in costs})
+    compared = [
+        (f"{layers} layers", "compile time", costs[layers, OURS], costs[layers, PEER])
+        for layers in depths
+    ]
+    if len(depths) > 1:
+        case = f"{depths[0]} to {depths[-1]} layers"
+        compared.append((case, "compile time: growth", growth(costs, OURS), growth(costs, PEER)))
+    return [
+        record(
+            f"{benchmark}, {quantity}",
+            f"{case}, {OURS}",
+            getattr(ours, quantity),
+            PEER,
+            getattr(peer, quantity),
+            "times" if benchmark.endswith("growth") else unit,
+        )
+        for case, benchmark, ours, peer in compared
+        for quantity, unit in UNITS.items()
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table.
+
+    Args:
+        arguments: The command line without the program's name; None means ``sys.argv``.
+    """
+    parser = make_parser(__doc__, rounds=5)
+    parser.add_argument("--width", type=int, default=128, help="of the trees (default: 128)")
+    parser.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        default=[12, 48],
+        metavar="LAYERS",
+        help="numbers of layers (default: 12 48)",
+    )
+    options = parser.parse_args(arguments)
+    costs = measure(options.depths, options.width, options.rounds)
+    heading = (
+        f"Compiling an update, width {options.width}, median of {options.rounds} rounds; ratios to "
+        f"`{PEER}`"
+    )
+    report(heading, [table(costs)], records(costs), options.json)
+
+
+if __name__ == "__main__":
+    main()
