@@ -103,8 +103,8 @@ def spread(
         else:
             staying.extend(group)
 
-    gathered = route.gathered if route else sharding.replicate
-    whole = compute([gathered(stacks[i]) for i in staying], [kinds[i] for i in staying])
+    everywhere = route.run_everywhere if route else _run_here
+    whole = everywhere(compute, [stacks[i] for i in staying], [kinds[i] for i in staying])
     for index, result in zip(staying, whole, strict=True):
         results[index] = _settled(result, stacks[index])
     if not (route and travelling):
@@ -164,6 +164,10 @@ def _route(stacks: Sequence[jax.Array], names: tuple[str, ...]) -> _Mesh | _Mapp
     return route if route.devices > 1 else None
 
 
+def _run_here(compute: Compute, stacks: Sequence[jax.Array], kinds: list[Any]) -> list[jax.Array]:
+    return compute([sharding.replicate(stack) for stack in stacks], kinds)
+
+
 def _is_mapped(name: str) -> bool:
     try:
         jax.lax.axis_size(name)
@@ -201,9 +205,12 @@ class _Mesh:
             bits = place(bits, NamedSharding(self.mesh, spec))
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if short else bits
 
-    def gathered(self, stack: jax.Array) -> jax.Array:
-        """Brings a whole stack to every device."""
-        return self._moved(stack, [PartitionSpec(*(None,) * stack.ndim)])
+    def run_everywhere(
+        self, compute: Compute, stacks: Sequence[jax.Array], kinds: list[Any]
+    ) -> list[jax.Array]:
+        """Gathers stacks and computes the same on every device."""
+        whole = [self._moved(stack, [PartitionSpec(*(None,) * stack.ndim)]) for stack in stacks]
+        return self._on_each(compute, whole, kinds, PartitionSpec())
 
     def run(
         self, compute: Compute, stacks: Sequence[jax.Array], kinds: list[Any]
@@ -214,21 +221,31 @@ class _Mesh:
             for stack in stacks
         ]
 
-        spread = PartitionSpec(self.names)
-        # Inside, each device has its own entries, and there is nothing to communicate: no axis is
-        # left to the compiler, not even one that nothing is spread over.
-        computed = jax.shard_map(
-            lambda shares: compute(shares, kinds),
-            mesh=self.mesh,
-            in_specs=(spread,),
-            out_specs=spread,
-            axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes),
-        )([self._moved(stack, stage) for stack, stage in zip(stacks, stages, strict=True)])
+        moved = [self._moved(stack, stage) for stack, stage in zip(stacks, stages, strict=True)]
+        computed = self._on_each(compute, moved, kinds, PartitionSpec(self.names))
         nowhere = [PartitionSpec(None)]  # one number for each entry: to all devices
         return [
             self._moved(result, stage[-2::-1] if result.ndim > 1 else nowhere)
             for result, stage in zip(computed, stages, strict=True)
         ]
+
+    def _on_each(
+        self,
+        compute: Compute,
+        stacks: Sequence[jax.Array],
+        kinds: list[Any],
+        spec: PartitionSpec,
+    ) -> list[jax.Array]:
+        """Computes on each device what it has: no axis is left to the compiler to split."""
+        if not stacks:
+            return []
+        return jax.shard_map(
+            lambda shares: compute(shares, kinds),
+            mesh=self.mesh,
+            in_specs=(spec,),
+            out_specs=spec,
+            axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes),
+        )(list(stacks))
 
     def _stages(self, stack: jax.Array) -> list[PartitionSpec]:
         """Lists the shardings on the way, from where the stack is to where its entries are whole.
@@ -272,9 +289,11 @@ class _Mapped:
     def devices(self) -> int:
         return math.prod(jax.lax.axis_size(name) for name in self.names)
 
-    def gathered(self, stack: jax.Array) -> jax.Array:
-        """Brings a whole stack to every device: it is there."""
-        return sharding.replicate(stack)
+    def run_everywhere(
+        self, compute: Compute, stacks: Sequence[jax.Array], kinds: list[Any]
+    ) -> list[jax.Array]:
+        """Computes the same on every device."""
+        return _run_here(compute, stacks, kinds)
 
     def differs(self, stack: jax.Array) -> bool:
         """Tells whether the stack is another one on every device, as its type says."""

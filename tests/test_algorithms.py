@@ -183,7 +183,9 @@ def on_the_ball():
 @pytest.mark.parametrize(("build", "restatement", "options"), ALGORITHMS.values(), ids=ALGORITHMS)
 def test_twenty_steps(x64, monkeypatch, build, restatement, options):
     # The short step's bound of the spectral norm is tested on its own; the algorithm, exactly.
-    monkeypatch.setattr(scion_jax.Norm, "gauge_bounds", lambda self, xs: [*map(self.gauge, xs)])
+    monkeypatch.setattr(
+        scion_jax.Norm, "gauge_bounds", lambda self, xs, names: [*map(self.gauge, xs)]
+    )
     ours = {k: scheduled(v) if callable(v) else v for k, v in options.items()}
     optimizer = build(scheduled(gamma), our_norms(), LABELS, momentum=scheduled(alpha), **ours)
     gradients = [gaussian(seed) for seed in range(STEPS)]
