@@ -47,9 +47,12 @@ from scion_jax import NewtonSchulz, Spectral, unconstrained_scion
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 MESHES = ("fsdp", "fsdp×tensor")
 MODES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
-SHORT = f"{OURS}, bfloat16"
-METHODS = {OURS: NewtonSchulz(), SHORT: NewtonSchulz(compute_dtype=jnp.bfloat16)}
-TRAVELS = {OURS: 4, SHORT: 2}  # bytes of an entry
+LONG, SHORT = f"{OURS}, float32", f"{OURS}, bfloat16"
+METHODS = {
+    LONG: NewtonSchulz(compute_dtype=jnp.float32),
+    SHORT: NewtonSchulz(compute_dtype=jnp.bfloat16),
+}
+TRAVELS = {LONG: 4, SHORT: 2}  # bytes of an entry
 MEGA = 1e6
 FAST: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0"
@@ -310,7 +313,7 @@ def plot(costs: Costs, layers: int, width: int, path: Path) -> None:
             values = [row[column] for row in found]
             panel.plot([row[0] for row in found], values, "o-", label=f"{name}, {mesh}")
     counts = sorted({case.devices for case in costs if case.devices > 1})
-    ideal = [needed_bytes(OURS, layers, width) / devices for devices in counts]
+    ideal = [needed_bytes(LONG, layers, width) / devices for devices in counts]
     panels[1].plot(counts, ideal, "k--", label="each matrix there and back, float32")
     for panel, title in zip(panels, ("collectives", "bytes per device"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel="devices", title=title)

@@ -15,11 +15,13 @@ emulated, a published step at width 768 takes minutes). That step also adds the 
 parameters.
 
 Below the table stands how much of the machine the default uses: the floating-point operations of
-its matrix products, by the second, and to compare with them those of a plain float32 product of as
-many square matrices as the tree has, compiled by JAX and timed in the same rounds.
+its matrix products, by the second, and to compare with them those of a plain product of as many
+square matrices as the tree has, of the default's compute dtype, compiled by JAX and timed in the
+same rounds.
 """
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,17 +42,21 @@ Times = dict[str, list[float]]  # in seconds, by optimizer
 
 LEARNING_RATE = 1e-3
 DEFAULT = "unconstrained_scion"
-BFLOAT16 = NewtonSchulz(compute_dtype=jnp.bfloat16)
+COMPUTED_IN = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 OURS: dict[str, optax.GradientTransformation] = {
     DEFAULT: unconstrained_scion(LEARNING_RATE, Spectral()),
     "scion": scion(LEARNING_RATE, Spectral()),
-    f"{DEFAULT}, bfloat16": unconstrained_scion(LEARNING_RATE, Spectral(orthogonalizer=BFLOAT16)),
+} | {
+    f"{DEFAULT}, {name}": unconstrained_scion(
+        LEARNING_RATE, Spectral(orthogonalizer=NewtonSchulz(compute_dtype=dtype))
+    )
+    for name, dtype in COMPUTED_IN.items()
 }
 PEERS: dict[str, optax.GradientTransformation] = {
     "optax.contrib.muon": optax.contrib.muon(LEARNING_RATE),
     "optax.adamw": optax.adamw(LEARNING_RATE),
 }
-PRODUCT = "float32 product"
+PRODUCT = "product"
 
 
 def update_call(optimizer: optax.GradientTransformation, params: Any, gradient: Any) -> Call:
@@ -72,8 +78,9 @@ def update_call(optimizer: optax.GradientTransformation, params: Any, gradient: 
 def product_call(layers: int, width: int) -> Call:
     """Compiles a product of as many square matrices as the tree has, `product_flops` of work."""
     shape = jax.ShapeDtypeStruct((SQUARE_PER_LAYER * layers, width, width), jnp.float32)
-    left, right = gaussian_like((shape, shape), seed=2)
-    multiply = jax.jit(jnp.matmul)
+    narrow = NewtonSchulz().arithmetic(jnp.float32).narrow
+    left, right = (x.astype(narrow) for x in gaussian_like((shape, shape), seed=2))
+    multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     return lambda: multiply(left, right)
 
 
@@ -149,8 +156,9 @@ def table(times: Times) -> str:
 def share_of_rate(layers: int, width: int, times: Times) -> str:
     """Says how much of the product's rate the default reaches."""
     flops, rate, product_rate = rates(layers, width, times)
+    dtype = NewtonSchulz().arithmetic(jnp.float32).narrow
     return (
-        f"`{DEFAULT}`: {flops / 1e9:.3g} GFLOP in products, {rate / 1e9:.3g} GFLOP/s; a float32 "
+        f"`{DEFAULT}`: {flops / 1e9:.3g} GFLOP in products, {rate / 1e9:.3g} GFLOP/s; a {dtype} "
         f"product of {SQUARE_PER_LAYER * layers} matrices {width} × {width}: "
         f"{product_rate / 1e9:.3g} GFLOP/s; share of the product rate {rate / product_rate:.2f}"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from scion_jax.opaque import opaque
 from scion_jax.stack import Stack
 
 
@@ -81,16 +82,13 @@ def _stacked(batches: Sequence[jax.Array]) -> jax.Array | None:
 
 
 def _unstacked(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-    """Cuts a stack into pieces.
-
-    The positions are hidden from the compiler: it compiles one kernel for all pieces of one size
-    that way, and one for each if it knows where they lie. (XLA for CPUs from JAX 0.11 on.)
-    """
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    """Cuts a stack into pieces."""
     if len(sizes) == 1:
         return [stack]
-    # Unsigned, so that no index is checked for being negative.
-    hidden = jax.lax.optimization_barrier(tuple(jnp.uint32(start) for start in starts))
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    # The compiler makes one kernel for all pieces of one size if it does not know where they lie,
+    # and one for each (8 ms on a CPU) if it does. Unsigned, so that no index is checked for sign.
+    hidden = opaque([jnp.uint32(start) for start in starts])
     return [
         jax.lax.dynamic_slice_in_dim(stack, start, size)
         for start, size in zip(hidden, sizes, strict=True)

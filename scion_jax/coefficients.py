@@ -49,6 +49,9 @@ _MINIMAX = (
     (1.968844582500199, -1.3507358256284538, 0.38520753143376557),
 )
 
+# Room for rounding in float32, which lifts singular values by up to 2.3e-5.
+_HIGHEST = 1 - 2**-15
+
 # The quintic with p(1) = 1 and p'(1) = p''(1) = 0: cubic convergence to 1 from anywhere in (0, 1].
 _CONVERGENT = (15 / 8, -10 / 8, 3 / 8)
 
@@ -82,18 +85,19 @@ def image(coefficients: Sequence[Step], low: float = 0.0, high: float = 1.0) -> 
     return low, high
 
 
-def feasible(coefficients: Sequence[Step]) -> tuple[Step, ...]:
-    """Divides a set's last step by its supremum on [0, 1], so that `sup |p| = 1`.
+def feasible(coefficients: Sequence[Step], highest: float = 1.0) -> tuple[Step, ...]:
+    """Scales a set's last step so that `sup |p|` on [0, 1] is 1, or what is asked for.
 
     Args:
         coefficients: The steps `(a, b, c)`, first to last.
+        highest: The supremum wanted.
 
     Returns:
-        The same steps, the last one divided.
+        The same steps, the last one scaled.
     """
-    supremum = max(map(abs, image(coefficients)))
+    scale = highest / max(map(abs, image(coefficients)))
     *first, (a, b, c) = coefficients
-    return (*first, (a / supremum, b / supremum, c / supremum))
+    return (*first, (a * scale, b * scale, c * scale))
 
 
 def with_safety(coefficients: Sequence[Step], factor: float) -> tuple[Step, ...]:
@@ -118,7 +122,7 @@ def resolve(coefficients: str | Sequence[Step], steps: int | None) -> tuple[Step
     """Looks up or checks a set of coefficients and gives it the asked number of steps.
 
     `"quintic"` repeats its only row and stays raw. `"minimax"` and `"polar_express"` go on with
-    the convergent quintic (15/8, −10/8, 3/8) past their last step and are made `feasible` at any
+    the convergent quintic (15/8, −10/8, 3/8) past their last step and are `feasible` at any
     number of steps. A given sequence is used as it is; past its end its last step repeats.
 
     Args:
@@ -139,7 +143,7 @@ def resolve(coefficients: str | Sequence[Step], steps: int | None) -> tuple[Step
         if coefficients == "quintic":
             return (_QUINTIC,) * count
         if coefficients == "minimax":
-            return feasible(_extended(_MINIMAX, _CONVERGENT, count))
+            return _extended(feasible(_MINIMAX[:count], _HIGHEST), _CONVERGENT, count)
         if coefficients == "polar_express":
             safe = with_safety(_POLAR_EXPRESS, 1.01)
             return feasible(_extended(safe, _CONVERGENT, count))

@@ -1,30 +1,34 @@
 """The Newton–Schulz iteration on a stack of matrices, in the form that needs fewer operations.
 
-One step applies an odd quintic to all singular values, with `A = X Xᵀ`:
+One step applies an odd quintic to all singular values. With the Gram matrix `R = X Xᵀ`,
 
-    X ← a X + (b A + c A²) X
+    X ← Q X,    Q = a I + b R + c R²
 
-**Direct form**: these are two symmetric products and one plain one. **Gram form**: all steps of a
-wide `n × m` matrix can be taken on its `n × n` Gram matrix alone. With `Q = a I + b R + c R²`, a
-polynomial in `R` that commutes with everything else,
+**Groups of steps.** Several steps can be taken on the Gram matrix alone, since `Q` is a polynomial
+in `R` and commutes with everything else, and their product be applied to `X` at the end:
 
-    R ← Q R Q,    P ← Q P,    from R = X Xᵀ, P = I;    at the end X ← P X
+    R ← Q R Q,    P ← Q P,    from R = X Xᵀ, P = I;    then X ← P X
 
-so the long side `m` enters twice and not twice a step, and all products but the last are symmetric.
-Its weakness: a Gram matrix holds squared singular values, and what rounding adds to it is amplified
-by the square of the polynomial's slope at 0. In float32 that is harmless (a slope of 150 turns 6e-8
-into 1e-3). In bfloat16 and in the reduced-precision float32 of accelerators it is not: small
-eigenvalues turn negative and grow. So it is used with full float32 products or wider only.
+So the long side of a wide matrix enters twice per group and not twice per step. The weakness: what
+rounding adds to a Gram matrix, which holds *squared* singular values, is amplified by the squared
+slope at 0 of the group's steps before its last. For all four of the default's steps that is 5,750:
+nothing in float32, far too much in bfloat16, which takes the first two one by one (`groups`).
 
-**Normalization** costs nothing: the first step needs `A = X Xᵀ` anyway, and its trace is the
-squared Frobenius norm. Its own Frobenius norm is the Schatten-4 norm squared, and a better choice:
-it bounds the largest singular value more tightly, so the others start further away from 0, for a
+**Centring.** Steps press singular values that are close to each other far down, by differences of
+large terms. So every small matrix is held as `s I + M` (`centred`), and rounding hits only `M`,
+which vanishes where all singular values are equal.
+
+**Normalization** costs nothing: the first step needs `X Xᵀ` anyway, and its trace is the squared
+Frobenius norm. Its own Frobenius norm is the Schatten-4 norm squared, and a better choice: it
+bounds the largest singular value more tightly, so the others start further away from 0, for a
 Gaussian 768 × 768 matrix by a factor of 4.4. That is worth more than a further step.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -32,36 +36,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from scion_jax import numerics
+from scion_jax.arithmetic import Arithmetic
+from scion_jax.centred import Centred
 from scion_jax.coefficients import Step
+from scion_jax.hardware import is_bfloat16_on_cpu
+from scion_jax.opaque import opaque
 from scion_jax.stack import Stack
-from scion_jax.symmetric import symmetric_flops, symmetric_product
+from scion_jax.symmetric import symmetric_flops
 
-
-@dataclasses.dataclass(frozen=True)
-class Arithmetic:
-    """How matrices are multiplied.
-
-    Attributes:
-        narrow: Dtype of the factors.
-        wide: Dtype of sums and products, at least float32.
-    """
-
-    narrow: jnp.dtype
-    wide: jnp.dtype
-
-    def product(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Computes `x y`."""
-        # Accelerators would round float32 factors; who wants that asks for bfloat16.
-        return jnp.matmul(
-            x.astype(self.narrow),
-            y.astype(self.narrow),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=self.wide,
-        )
-
-    def symmetric(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Computes `x yᵀ`, which must be symmetric."""
-        return symmetric_product(x.astype(self.narrow), y.astype(self.narrow), self.product)
+# Rounding times amplification, which a group must stay below: 0.0007 for the default's four steps
+# in float32; in bfloat16 0.055 for its last two, 0.10 for the second and third.
+_TOLERANCE = 0.06
 
 
 def newton_schulz(
@@ -79,101 +64,116 @@ def newton_schulz(
         Matrices of the same shapes and dtype. Zero gives zero; NaN and infinity give NaN, in their
         own matrix only.
     """
-    form = (
-        _gram_form
-        if uses_gram_form(stack.small, stack.large, len(steps), arithmetic.narrow)
-        else _direct_form
-    )
     # Entries of at most 1: squares and their sums then stay in range whatever the scale was.
-    scaled = stack.map(lambda x: x / numerics.nonzero(_largest_entry(x)))
-    return form(scaled, steps, schatten, arithmetic).map(lambda x: x.astype(stack.dtype))
+    x = stack.map(lambda part: part / numerics.nonzero(_largest_entry(part)))
+    x = x.map(lambda part: part.astype(arithmetic.narrow))
+    if is_bfloat16_on_cpu(arithmetic.narrow):
+        # XLA folds a transpose that it finds in front of a product, and then, at run time, has no
+        # kernel for it.
+        x = opaque(x)
+
+    def advance(x: Stack, steps: jax.Array, schatten: int | None = None) -> Stack:
+        gram = x.gram(arithmetic.symmetric)
+        size = None if schatten is None else numerics.nonzero(_squared_norm(gram, schatten))
+        factor = _factor(gram, size, steps, arithmetic)
+        return factor.times(x, arithmetic).map(lambda part: part.astype(arithmetic.narrow))
+
+    # Groups of equal length share a loop, which the compiler sees once.
+    division = groups(stack.small, stack.large, tuple(steps), arithmetic.narrow)
+    rows = jnp.asarray(np.array(steps), arithmetic.wide)
+    x = advance(x, rows[: division[0]], schatten)
+    rows = rows[division[0] :]
+    for length, equal in itertools.groupby(division[1:]):
+        count = len(list(equal))
+        shared = rows[: count * length].reshape(count, length, 3)
+        x, _ = jax.lax.scan(lambda x, steps: (advance(x, steps), None), x, shared)
+        rows = rows[count * length :]
+    return x.map(lambda part: part.astype(stack.dtype))
 
 
 def _largest_entry(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True, initial=0)
 
 
-def _squared_size(gram: jax.Array, schatten: int) -> jax.Array:
-    """Computes the squared Schatten norm of `X` from `X Xᵀ`, 1 for zero."""
+def _squared_norm(gram: jax.Array, schatten: int) -> jax.Array:
+    """Computes the squared Schatten norm of `X` from `X Xᵀ`."""
     if schatten == 2:
-        return numerics.nonzero(jnp.trace(gram, axis1=1, axis2=2)[:, None, None])
-    return numerics.nonzero(jnp.sqrt(jnp.sum(gram * gram, axis=(1, 2), keepdims=True)))
+        return jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
+    return jnp.sqrt(jnp.sum(gram * gram, axis=(1, 2), keepdims=True))
 
 
-def _direct_form(x: Stack, steps: Sequence[Step], schatten: int, arithmetic: Arithmetic) -> Stack:
-    def narrowed(x: Stack) -> Stack:
-        return x.map(lambda part: part.astype(arithmetic.narrow))
+def _factor(
+    gram: jax.Array, size: jax.Array | None, steps: jax.Array, arithmetic: Arithmetic
+) -> Centred:
+    """Computes `P`, a polynomial in the Gram matrix, for a group of steps.
 
-    def step(x: Stack, row: tuple[jax.Array, jax.Array]) -> tuple[Stack, None]:
-        (a, b, c), first = row
-        gram = x.gram(arithmetic.symmetric)
-        # The first step divides by the norm: the Gram matrix here, X itself with its next value.
-        size = jnp.where(first, _squared_size(gram, schatten), 1)
-        gram = gram / size
-        polynomial = b * gram + c * arithmetic.symmetric(gram, gram)
-        added = x.multiply(polynomial, arithmetic.product)
-        total = x.map(lambda old, new: a * old.astype(arithmetic.wide) + new, added)
-        return narrowed(total.map(jnp.divide, x.split(jnp.sqrt(size)))), None
+    Args:
+        gram: Of the matrices, `(batch, n, n)`.
+        size: What it is to be divided by, `P` by its square root.
+        steps: The group's coefficients, `(length, 3)`.
+        arithmetic: How to multiply.
 
-    rows = jnp.asarray(np.array(steps), arithmetic.wide)
-    x, _ = jax.lax.scan(step, narrowed(x), (rows, jnp.arange(len(steps)) == 0))
-    return x
-
-
-def _gram_form(x: Stack, steps: Sequence[Step], schatten: int, arithmetic: Arithmetic) -> Stack:
-    symmetric = arithmetic.symmetric
-    gram = x.gram(symmetric)
-    size = _squared_size(gram, schatten)
-    gram = gram / size
-    identity = jnp.eye(x.small, dtype=gram.dtype)
+    Returns:
+        The factors.
+    """
+    gram = gram if size is None else gram / size
+    x = Centred.of(jnp.zeros_like(gram[:, :1, :1]), gram)
     factor = None
     for index, (a, b, c) in enumerate(steps):
-        polynomial = a * identity + b * gram + c * symmetric(gram, gram)
-        factor = polynomial if factor is None else symmetric(polynomial, factor)
+        polynomial = x.polynomial(a, b, c, arithmetic)
+        factor = polynomial if factor is None else polynomial.commuting_product(factor, arithmetic)
         if index < len(steps) - 1:
-            gram = symmetric(symmetric(polynomial, gram), polynomial)
+            half = polynomial.commuting_product(x, arithmetic)
+            x = half.commuting_product(polynomial, arithmetic)
     assert factor is not None
-    return x.multiply(factor / jnp.sqrt(size), arithmetic.product)
+    return factor if size is None else factor.divided(jnp.sqrt(size))
 
 
-def uses_gram_form(rows: int, columns: int, steps: int, narrow: jnp.dtype) -> bool:
-    """Tells which form is used: the Gram form where it is exact enough and needs less work.
+@functools.cache
+def groups(rows: int, columns: int, steps: tuple[Step, ...], narrow: jnp.dtype) -> tuple[int, ...]:
+    """Divides the steps into groups, such that the work is least and rounding stays harmless.
 
     Args:
         rows: The smaller side.
         columns: The larger side.
-        steps: Number of steps.
+        steps: Coefficients `(a, b, c)`, first to last.
         narrow: Dtype of the factors.
 
     Returns:
-        Whether it is the Gram form.
+        The number of steps in each group.
     """
-    precise = jnp.finfo(narrow).eps <= jnp.finfo(jnp.float32).eps
-    return bool(precise) and _gram_flops(rows, columns, steps) < _direct_flops(rows, columns, steps)
+    if not steps:
+        return ()
+    rounding = float(jnp.finfo(narrow).eps)
+    best: tuple[int, ...] | None = None
+    for length in range(1, len(steps) + 1):
+        amplification = math.prod(a * a for a, _, _ in steps[: length - 1])
+        if length > 1 and rounding * amplification > _TOLERANCE:
+            break
+        division = (length, *groups(rows, columns, steps[length:], narrow))
+        if best is None or _work(rows, columns, division, narrow) < _work(
+            rows, columns, best, narrow
+        ):
+            best = division
+    assert best is not None
+    return best
 
 
-def flops(rows: int, columns: int, steps: int, narrow: jnp.dtype) -> int:
+def flops(rows: int, columns: int, steps: Sequence[Step], narrow: jnp.dtype) -> int:
     """Counts the floating-point operations of the matrix products for one matrix.
 
     Args:
         rows: The smaller side.
         columns: The larger side.
-        steps: Number of steps.
+        steps: Coefficients `(a, b, c)`, first to last.
         narrow: Dtype of the factors.
 
     Returns:
         Multiplications and additions.
     """
-    if uses_gram_form(rows, columns, steps, narrow):
-        return _gram_flops(rows, columns, steps)
-    return _direct_flops(rows, columns, steps)
+    return _work(rows, columns, groups(rows, columns, tuple(steps), narrow), narrow)
 
 
-def _direct_flops(rows: int, columns: int, steps: int) -> int:
-    gram, square = symmetric_flops(rows, columns), symmetric_flops(rows, rows)
-    return steps * (gram + square + 2 * rows * rows * columns)
-
-
-def _gram_flops(rows: int, columns: int, steps: int) -> int:
-    gram, square = symmetric_flops(rows, columns), symmetric_flops(rows, rows)
-    return gram + (4 * steps - 3) * square + 2 * rows * rows * columns
+def _work(rows: int, columns: int, division: Sequence[int], narrow: jnp.dtype) -> int:
+    gram, square = (symmetric_flops(rows, inner, narrow) for inner in (columns, rows))
+    return sum(gram + (4 * length - 3) * square + 2 * rows * rows * columns for length in division)

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scion_jax import newton_schulz, numerics, sharding
+from scion_jax import hardware, newton_schulz, numerics, sharding
+from scion_jax.arithmetic import Arithmetic
 from scion_jax.batching import map_stacks
 from scion_jax.coefficients import Step, resolve
-from scion_jax.newton_schulz import Arithmetic
 from scion_jax.stack import Stack
 
-_CHUNK_BYTES_CPU = 2**23
+_CHUNK_BYTES_CPU = 2**21
 _CHUNK_BYTES = 2**28
 
 
@@ -82,13 +82,15 @@ class NewtonSchulz(Orthogonalizer):
         steps: Number of steps; None means 4 for `"minimax"`, 5 for the other names, and the length
             of a given sequence. After construction it is the number.
         compute_dtype: Dtype of the matrix products' factors; sums are taken in at least float32.
-            None means bfloat16 on accelerators, where singular values then exceed 1 by up to 1e-2,
-            and the input's (at least float32) on CPUs, and for float64 everywhere.
+            None means bfloat16 for float32 matrices where that is faster, on accelerators and on
+            x86 CPUs with AVX-512 BF16 (singular values then exceed 1 by up to 1e-2), and the
+            matrices' own dtype elsewhere and for float64. Processes of one program on different
+            kinds of CPUs have to state it.
         schatten: Which Schatten norm is divided by: 2, the Frobenius norm, as published, or 4,
             which is closer to the largest singular value and leaves the others further from 0.
             None means 2 for `"quintic"` and given sequences, else 4.
         chunk_bytes: Size of the matrices that are iterated at the same time, at least one matrix;
-            temporary memory is a few times that. None means 8 MiB on CPUs and 256 MiB elsewhere.
+            temporary memory is a few times that. None means 2 MiB on CPUs and 256 MiB elsewhere.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -145,8 +147,8 @@ class NewtonSchulz(Orthogonalizer):
         """
         narrow = self.compute_dtype
         if narrow is None:
-            accelerated = jax.default_backend() != "cpu" and jnp.dtype(dtype) == jnp.float32
-            narrow = jnp.bfloat16 if accelerated else dtype
+            fast = jnp.dtype(dtype) == jnp.float32 and hardware.multiplies_bfloat16()
+            narrow = jnp.bfloat16 if fast else dtype
         return Arithmetic(jnp.dtype(narrow), numerics.widest(narrow, jnp.float32))
 
     def travel_dtype(self, dtype: DTypeLike) -> DTypeLike:
@@ -169,8 +171,8 @@ class NewtonSchulz(Orthogonalizer):
             True
         """
         small, large = sorted((rows, columns))
-        count = len(resolve(self.coefficients, self.steps))
-        return newton_schulz.flops(small, large, count, self.arithmetic(dtype).narrow)
+        steps = resolve(self.coefficients, self.steps)
+        return newton_schulz.flops(small, large, steps, self.arithmetic(dtype).narrow)
 
     def polar(self, stack: Stack) -> Stack:
         """Runs the iteration; see `Orthogonalizer.polar`."""

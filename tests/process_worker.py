@@ -25,7 +25,7 @@ DEVICES_PER_PROCESS = 4
 
 NORMS = {
     "embedding": scion_jax.Sign(),
-    "hidden": scion_jax.Spectral(),
+    "hidden": scion_jax.Spectral(orthogonalizer=scion_jax.NewtonSchulz(compute_dtype="float32")),
     "bias": scion_jax.BiasRMS(),
 }
 LABELS = scion_jax.label_by_path(

@@ -528,15 +528,22 @@ def test_bytes_follow_from_types():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
-@pytest.mark.parametrize(("mesh", "moves"), [("fsdp", 2), ("fsdp×tensor", 4)])
-def test_each_stack_moves_there_and_back_along_each_axis(mesh, mode, moves):
-    case = collectives.Case(mesh, mode, 4, block_trees.OURS)
+@pytest.mark.parametrize(
+    ("name", "mesh", "moves"),
+    [
+        (collectives.LONG, "fsdp", 2),
+        (collectives.LONG, "fsdp×tensor", 4),
+        (collectives.SHORT, "fsdp", 2),
+    ],
+)
+def test_each_stack_moves_there_and_back_along_each_axis(name, mesh, mode, moves):
+    case = collectives.Case(mesh, mode, 4, name)
     cost = collectives.measure(case, 4, 16)
     assert cost.counts == {"all-to-all": 3 * moves}
     assert cost.looped == 0
     assert cost.moved == moves / 2 * collectives.needed_bytes(case.name, 4, 16) / 4
     tree = block_trees.block_shapes(4, 16)
-    assert cost.flops == block_trees.necessary_flops(tree, NewtonSchulz()) / 4
+    assert cost.flops == block_trees.necessary_flops(tree, collectives.METHODS[name]) / 4
 
 
 def test_many_devices_are_compared_with_the_peer(tmp_path, capsys):

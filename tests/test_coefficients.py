@@ -60,7 +60,7 @@ def test_default_survives_rounding_past_one():
 
 
 def test_default_rows_follow_from_their_construction():
-    expected = feasible(greedy_minimax(1e-2, 4, 1.02))
+    expected = feasible(greedy_minimax(1e-2, 4, 1.02), 1 - 2**-15)
     np.testing.assert_allclose(resolve("minimax", None), expected, rtol=1e-7)
 
 

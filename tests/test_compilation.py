@@ -12,23 +12,35 @@ from scion_jax.orthogonalize import _newton_schulz
 pytestmark = pytest.mark.fast
 
 
-def lowered(layers):
+def lowered(layers, dtype):
     """A stack of transformer-like blocks with two distinct matrix shapes, either way round."""
     block = {"q": (16, 16), "o": (16, 16), "up": (16, 64), "down": (64, 16), "bias": (16,)}
     params = {
         f"layer{index}": {name: jnp.ones(shape) for name, shape in block.items()}
         for index in range(layers)
     }
-    optimizer = scion(0.1, Auto())
+    optimizer = scion(0.1, Auto(orthogonalizer=NewtonSchulz(compute_dtype=dtype)))
     return jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
 
 
-def test_products_do_not_grow_with_depth():
-    direct = 3  # one loop over the steps: X Xᵀ, its square, and their polynomial times X
-    gram = 2 + (4 * 4 - 3) + 2  # either orientation's Gram matrices, all steps, and times X
+def group(steps, kinds):
+    """Counts the products of a group: X Xᵀ, the steps on it, and times X."""
+    return kinds + (4 * steps - 3) + kinds
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rectangular"),
+    [
+        (jnp.float32, group(4, 2)),
+        (jnp.bfloat16, group(1, 2) + group(1, 2) + group(2, 2)),
+    ],
+)
+def test_products_do_not_grow_with_depth(dtype, rectangular):
+    square = group(1, 1) + group(1, 1)  # the first step, and a loop over the others
     for layers in (1, 8):
-        assert lowered(layers).as_text().count("stablehlo.dot_general") == direct + gram
-    compiled = [len(re.findall(r" dot\(", lowered(n).compile().as_text())) for n in (2, 8)]
+        text = lowered(layers, dtype).as_text()
+        assert text.count("stablehlo.dot_general") == square + rectangular
+    compiled = [len(re.findall(r" dot\(", lowered(n, dtype).compile().as_text())) for n in (2, 8)]
     assert compiled[0] == compiled[1]
 
 

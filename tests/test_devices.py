@@ -267,6 +267,7 @@ def test_no_communication_inside_the_iteration(kind):
     """Neither for a stack of one matrix, nor if matrices are split over further axes."""
     norm = Spectral(orthogonalizer=NewtonSchulz(compute_dtype=jnp.bfloat16))
     optimizer = scion_jax.scion(0.1, norm, shard_over="fsdp")
+    # Two stacks: each has its own loop, over the second and later steps.
     shapes = {"one": (32, 32), **{str(index): (64, 64) for index in range(4)}}
     specs = PartitionSpec("fsdp", "tensor")
     text = compiled(optimizer, shapes, make("4x2", kind), specs)
