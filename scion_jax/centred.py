@@ -35,18 +35,15 @@ class Centred(NamedTuple):
         shift = jnp.mean(diagonal, axis=1)[:, None, None]
         return cls(mean + shift, rest - shift * jnp.eye(n, dtype=rest.dtype))
 
-    @property
-    def matrix(self) -> jax.Array:
-        """The matrices, `(batch, n, n)`."""
-        return self.rest + self.mean * jnp.eye(self.rest.shape[1], dtype=self.rest.dtype)
-
     def commuting_product(self, other: Centred, arithmetic: Arithmetic) -> Centred:
         """Multiplies matrices that commute, so that the product is symmetric too."""
         s, m = self
         t, n = other
         return Centred.of(s * t, s * n + t * m + arithmetic.commuting(m, n))
 
-    def polynomial(self, a: float, b: float, c: float, arithmetic: Arithmetic) -> Centred:
+    def polynomial(
+        self, a: jax.Array, b: jax.Array, c: jax.Array, arithmetic: Arithmetic
+    ) -> Centred:
         """Computes `a I + b X + c X²`."""
         s, m = self
         square = arithmetic.commuting(m, m)
@@ -54,8 +51,6 @@ class Centred(NamedTuple):
 
     def times(self, x: Stack, arithmetic: Arithmetic) -> Stack:
         """Computes `S X` for the lying and `X S` for the standing matrices of a stack."""
-        if not arithmetic.rounds:
-            return x.multiply(self.matrix, arithmetic.product)
         product = x.multiply(self.rest, arithmetic.product)
         return product.map(
             lambda new, s, old: new + s * old.astype(new.dtype), x.split(self.mean), x

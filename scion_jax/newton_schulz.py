@@ -15,8 +15,8 @@ slope at 0 of the group's steps before its last. For all four of the default's s
 nothing in float32, far too much in bfloat16, which takes the first two one by one (`groups`).
 
 **Centring.** Steps press singular values that are close to each other far down, by differences of
-large terms. So every small matrix is held as `s I + M` (`centred`), and rounding hits only `M`,
-which vanishes where all singular values are equal.
+large terms. So where factors are rounded to bfloat16 or float16, every small matrix is held as
+`s I + M` (`centred`): rounding hits only `M`, which vanishes where all singular values are equal.
 
 **Normalization** costs nothing: the first step needs `X Xᵀ` anyway, and its trace is the squared
 Frobenius norm. Its own Frobenius norm is the Schatten-4 norm squared, and a better choice: it
@@ -72,22 +72,33 @@ def newton_schulz(
         # kernel for it.
         x = opaque(x)
 
-    def advance(x: Stack, steps: jax.Array, schatten: int | None = None) -> Stack:
+    def advance(x: Stack, group: tuple[jax.Array, jax.Array]) -> tuple[Stack, None]:
+        steps, first = group
         gram = x.gram(arithmetic.symmetric)
-        size = None if schatten is None else numerics.nonzero(_squared_norm(gram, schatten))
-        factor = _factor(gram, size, steps, arithmetic)
-        return factor.times(x, arithmetic).map(lambda part: part.astype(arithmetic.narrow))
+        # The first group divides by the norm: the Gram matrix here, X itself with its next value.
+        size = jax.lax.cond(
+            first,
+            lambda gram: numerics.nonzero(_squared_norm(gram, schatten)),
+            lambda gram: jnp.ones_like(gram[:, :1, :1]),
+            gram,
+        )
+        if arithmetic.rounds:
+            centred = _centred_factor(gram / size, steps, arithmetic).divided(jnp.sqrt(size))
+            x = centred.times(x, arithmetic)
+        else:
+            factor = _factor(gram / size, steps, arithmetic) / jnp.sqrt(size)
+            x = x.multiply(factor, arithmetic.product)
+        return x.map(lambda part: part.astype(arithmetic.narrow)), None
 
     # Groups of equal length share a loop, which the compiler sees once.
-    division = groups(stack.small, stack.large, tuple(steps), arithmetic.narrow)
-    rows = jnp.asarray(np.array(steps), arithmetic.wide)
-    x = advance(x, rows[: division[0]], schatten)
-    rows = rows[division[0] :]
-    for length, equal in itertools.groupby(division[1:]):
-        count = len(list(equal))
-        shared = rows[: count * length].reshape(count, length, 3)
-        x, _ = jax.lax.scan(lambda x, steps: (advance(x, steps), None), x, shared)
-        rows = rows[count * length :]
+    start = 0
+    for length, equal in itertools.groupby(
+        groups(stack.small, stack.large, tuple(steps), arithmetic.narrow)
+    ):
+        stop = start + length * len(list(equal))
+        rows = jnp.asarray(np.array(steps[start:stop]), arithmetic.wide).reshape(-1, length, 3)
+        x, _ = jax.lax.scan(advance, x, (rows, start + jnp.arange(len(rows)) == 0))
+        start = stop
     return x.map(lambda part: part.astype(stack.dtype))
 
 
@@ -102,21 +113,30 @@ def _squared_norm(gram: jax.Array, schatten: int) -> jax.Array:
     return jnp.sqrt(jnp.sum(gram * gram, axis=(1, 2), keepdims=True))
 
 
-def _factor(
-    gram: jax.Array, size: jax.Array | None, steps: jax.Array, arithmetic: Arithmetic
-) -> Centred:
+def _factor(gram: jax.Array, steps: jax.Array, arithmetic: Arithmetic) -> jax.Array:
     """Computes `P`, a polynomial in the Gram matrix, for a group of steps.
 
     Args:
-        gram: Of the matrices, `(batch, n, n)`.
-        size: What it is to be divided by, `P` by its square root.
+        gram: `R`, of the divided matrices, `(batch, n, n)`.
         steps: The group's coefficients, `(length, 3)`.
         arithmetic: How to multiply.
 
     Returns:
         The factors.
     """
-    gram = gram if size is None else gram / size
+    identity = jnp.eye(gram.shape[1], dtype=gram.dtype)
+    factor = None
+    for index, (a, b, c) in enumerate(steps):
+        polynomial = a * identity + b * gram + c * arithmetic.commuting(gram, gram)
+        factor = polynomial if factor is None else arithmetic.commuting(polynomial, factor)
+        if index < len(steps) - 1:
+            gram = arithmetic.commuting(arithmetic.commuting(polynomial, gram), polynomial)
+    assert factor is not None
+    return factor
+
+
+def _centred_factor(gram: jax.Array, steps: jax.Array, arithmetic: Arithmetic) -> Centred:
+    """Computes the same with centred matrices, for factors that are rounded to few digits."""
     x = Centred.of(jnp.zeros_like(gram[:, :1, :1]), gram)
     factor = None
     for index, (a, b, c) in enumerate(steps):
@@ -126,7 +146,7 @@ def _factor(
             half = polynomial.commuting_product(x, arithmetic)
             x = half.commuting_product(polynomial, arithmetic)
     assert factor is not None
-    return factor if size is None else factor.divided(jnp.sqrt(size))
+    return factor
 
 
 @functools.cache

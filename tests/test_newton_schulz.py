@@ -25,6 +25,10 @@ def symmetric(rng, n, mean, spread):
     return (q * (mean + spread * rng.standard_normal(n))) @ q.T
 
 
+def matrix(centred):
+    return centred.rest + centred.mean * np.eye(centred.rest.shape[1], dtype=centred.rest.dtype)
+
+
 @pytest.mark.parametrize(
     ("columns", "dtype", "expected"),
     [
@@ -71,13 +75,14 @@ def test_centred_products(x64):
     double = Arithmetic(jnp.dtype(jnp.float64), jnp.dtype(jnp.float64))
     x = np.stack([symmetric(rng, 5, 2.0, 0.3), symmetric(rng, 5, 0.0, 1.0)])
     centred = Centred.of(jnp.zeros((2, 1, 1)), jnp.asarray(x))
-    np.testing.assert_allclose(centred.matrix, x, atol=1e-14)
+    np.testing.assert_allclose(matrix(centred), x, atol=1e-14)
     np.testing.assert_allclose(jnp.trace(centred.rest, axis1=1, axis2=2), 0, atol=1e-14)
-    polynomial = centred.polynomial(2.0, -3.0, 0.5, double)
+    steps = (jnp.float64(number) for number in (2.0, -3.0, 0.5))
+    polynomial = centred.polynomial(*steps, double)
     expected = 2 * np.eye(5) - 3 * x + 0.5 * x @ x
-    np.testing.assert_allclose(polynomial.matrix, expected, atol=1e-13)
+    np.testing.assert_allclose(matrix(polynomial), expected, atol=1e-13)
     product = polynomial.commuting_product(centred, double)
-    np.testing.assert_allclose(product.matrix, expected @ x, atol=1e-13)
+    np.testing.assert_allclose(matrix(product), expected @ x, atol=1e-13)
     wide, tall = rng.standard_normal((1, 5, 7)), rng.standard_normal((1, 7, 5))
     for rounds in (jnp.float64, jnp.float16):
         result = centred.times(
@@ -93,7 +98,8 @@ def test_centring_spares_close_eigenvalues_from_rounding():
     coarse = Arithmetic(BFLOAT16, FLOAT32)
     x = symmetric(np.random.default_rng(0), 6, 0.9, 1e-3)
     centred = Centred.of(jnp.zeros((1, 1, 1)), jnp.asarray(x[None], jnp.float32))
-    result = centred.polynomial(8.0, -22.0, 16.0, coarse).matrix[0]
+    steps = (jnp.float32(number) for number in (8.0, -22.0, 16.0))
+    result = matrix(centred.polynomial(*steps, coarse))[0]
     expected = 8 * np.eye(6) - 22 * x + 16 * x @ x
     np.testing.assert_allclose(result, expected, atol=1e-4)
 
