@@ -198,8 +198,12 @@ def test_microbatches_make_the_steps_of_their_batch(name):
     assert progress.shown.keys() == expected.shown.keys()
     for shown, values in expected.shown.items():
         np.testing.assert_allclose(progress.shown[shown], values, rtol=1e-4)
-    for one, other in zip(*map(jax.tree.leaves, (split.params, whole.params)), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
+    labels = gpt_optimizers.param_labels(whole.params)
+    leaves = map(jax.tree.leaves, (labels, split.params, whole.params))
+    for label, one, other in zip(*leaves, strict=True):
+        # A sign may flip where the gradient is nothing but rounding.
+        flips = np.abs(one - other) > 1e-4
+        assert flips.mean() <= (0 if label == "hidden" else 1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])
