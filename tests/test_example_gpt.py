@@ -309,7 +309,14 @@ def pieces(state):
 def in_new_process(*arguments):
     """Runs the example where JAX has one CPU device, unless told otherwise."""
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, gpt.__file__, *SHORT, *map(str, arguments)]
+    # In float32 on every CPU, as conftest has it for this process.
+    program = (
+        "import runpy, sys; sys.argv.pop(0); sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+        "from scion_jax import hardware; hardware.multiplies_bfloat16 = lambda: False; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    flags = [gpt.__file__, *SHORT, *map(str, arguments)]
+    command = [sys.executable, "-c", program, *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
