@@ -71,7 +71,7 @@ class NewtonSchulz(Orthogonalizer):
         X ← a X + (b A + c A²) X
 
     so a singular value σ becomes `aσ + bσ³ + cσ⁵`. The default set keeps every singular value of
-    the result at most 1, and at least 0.97 for σ ≥ 0.01 of the normalized matrix. How the products
+    the result at most 1, and at least 0.969 for σ ≥ 0.01 of the normalized matrix. How the products
     are organized (`newton_schulz`) follows from the matrix' shape and the dtype.
 
     Attributes:
