@@ -34,7 +34,7 @@ import numpy as np
 
 from reporting import Record, alternating_times, make_parser, markdown, medians, record, report
 from scion_jax import ExactPolar, NewtonSchulz, orthogonalize
-from scion_jax.orthogonalize import Orthogonalizer
+from scion_jax.polar.orthogonalizers import Orthogonalizer
 
 Array = np.ndarray[Any, Any]
 

@@ -14,6 +14,7 @@ from scion_jax.diagnostics import dual_norm as dual_norm
 from scion_jax.diagnostics import frank_wolfe_gap as frank_wolfe_gap
 from scion_jax.diagnostics import gauges as gauges
 from scion_jax.initialization import init_params as init_params
+from scion_jax.labels import label_by_path as label_by_path
 from scion_jax.norms import Auto as Auto
 from scion_jax.norms import BiasRMS as BiasRMS
 from scion_jax.norms import ColNorm as ColNorm
@@ -29,10 +30,9 @@ from scion_jax.optimizers import scion as scion
 from scion_jax.optimizers import scion_light as scion_light
 from scion_jax.optimizers import unconstrained_clipped_scion as unconstrained_clipped_scion
 from scion_jax.optimizers import unconstrained_scion as unconstrained_scion
-from scion_jax.orthogonalize import ExactPolar as ExactPolar
-from scion_jax.orthogonalize import NewtonSchulz as NewtonSchulz
-from scion_jax.orthogonalize import orthogonalize as orthogonalize
-from scion_jax.routing import label_by_path as label_by_path
+from scion_jax.polar.orthogonalizers import ExactPolar as ExactPolar
+from scion_jax.polar.orthogonalizers import NewtonSchulz as NewtonSchulz
+from scion_jax.polar.orthogonalizers import orthogonalize as orthogonalize
 from scion_jax.schedules import vanishing_momentum as vanishing_momentum
 from scion_jax.transforms import average_gradients as average_gradients
 from scion_jax.transforms import scale_by_lmo as scale_by_lmo

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from scion_jax import numerics, sharding
+from scion_jax import numerics
+from scion_jax.distributed import sharding
 
 
 class ClipByPairingState(NamedTuple):

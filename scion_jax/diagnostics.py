@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from scion_jax import numerics
+from scion_jax.labels import Norms, norms_of
 from scion_jax.norms import Auto
-from scion_jax.routing import Norms, norms_of
 
 
 class DualNorm(NamedTuple):

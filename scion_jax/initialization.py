@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.core
 
-from scion_jax import sharding
+from scion_jax.distributed import sharding
+from scion_jax.labels import Norms, norms_of
 from scion_jax.norms import Auto, Norm
-from scion_jax.routing import Norms, norms_of
 
 
 def init_params(

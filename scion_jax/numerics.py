@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scion_jax import sharding
+from scion_jax.distributed import sharding
 
 
 def widest(*dtypes: DTypeLike) -> jnp.dtype:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from scion_jax.distributed.sharding import zeros_like
+from scion_jax.distributed.spreading import check_names
+from scion_jax.labels import Norms, check_norms, labels_of, norms_of
 from scion_jax.norms import Norm
 from scion_jax.numerics import is_number, widest
-from scion_jax.routing import Norms, check_norms, labels_of, norms_of
-from scion_jax.sharding import zeros_like
-from scion_jax.spreading import check_names
 
 
 class AverageGradientsState(NamedTuple):
@@ -139,7 +139,7 @@ def scale_by_lmo(
     Args:
         norm: The norm, one for all leaves; route several with `optax.multi_transform`.
         shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
             on an Explicit mesh.
 
     Returns:

@@ -16,7 +16,7 @@ import hypothesis
 import jax
 import pytest
 
-from scion_jax import hardware
+from scion_jax.polar import hardware
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

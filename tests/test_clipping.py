@@ -17,8 +17,8 @@ from scion_jax import (
     scale_by_lmo,
     unconstrained_clipped_scion,
 )
-from scion_jax.spectral_bound import spectral_norm_bound
-from scion_jax.stack import Stack
+from scion_jax.polar.spectral_bound import spectral_norm_bound
+from scion_jax.polar.stack import Stack
 
 pytestmark = pytest.mark.fast
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scion_jax import NewtonSchulz
-from scion_jax.coefficients import feasible, image, resolve, with_safety
+from scion_jax.polar.coefficients import feasible, image, resolve, with_safety
 
 pytestmark = pytest.mark.fast
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from scion_jax import Auto, NewtonSchulz, Spectral, scion
-from scion_jax.orthogonalize import _newton_schulz
+from scion_jax.polar.orthogonalizers import _newton_schulz
 
 pytestmark = pytest.mark.fast
 

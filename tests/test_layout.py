@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import naive
 from scion_jax import Spectral
-from scion_jax.layout import parse_layout
+from scion_jax.norms.layout import parse_layout
 
 pytestmark = pytest.mark.fast
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from scion_jax import NewtonSchulz, hardware, orthogonalize
-from scion_jax.arithmetic import Arithmetic
-from scion_jax.centred import Centred
-from scion_jax.coefficients import resolve
-from scion_jax.newton_schulz import flops, groups
-from scion_jax.stack import Stack
+from scion_jax.polar.arithmetic import Arithmetic
+from scion_jax.polar.centred import Centred
+from scion_jax.polar.coefficients import resolve
+from scion_jax.polar.newton_schulz import flops, groups
+from scion_jax.polar.stack import Stack
 
 pytestmark = pytest.mark.fast
 
@@ -117,7 +117,7 @@ def test_default_dtype_follows_the_hardware(monkeypatch):
 
 def test_flags_of_the_processor(tmp_path, monkeypatch):
     # conftest replaces the function; here is the original.
-    hardware = importlib.util.module_from_spec(importlib.util.find_spec("scion_jax.hardware"))
+    hardware = importlib.util.module_from_spec(importlib.util.find_spec("scion_jax.polar.hardware"))
     hardware.__spec__.loader.exec_module(hardware)
     described = tmp_path / "cpuinfo"
     monkeypatch.setattr(hardware, "_CPU_DESCRIPTION", described)

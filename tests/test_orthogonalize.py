@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from scion_jax import ExactPolar, NewtonSchulz, orthogonalize
-from scion_jax.batching import map_stacks, measure_stacks
-from scion_jax.orthogonalize import orthogonalize_stacks
+from scion_jax.distributed.bucketing import map_stacks, measure_stacks
+from scion_jax.polar.orthogonalizers import orthogonalize_stacks
 
 pytestmark = pytest.mark.fast
 
@@ -24,7 +24,7 @@ def with_spectrum(sigma, columns, seed=0):
 
 def polynomial(orthogonalizer, sigma):
     rows = NewtonSchulz(orthogonalizer.coefficients, orthogonalizer.steps)
-    from scion_jax.coefficients import resolve
+    from scion_jax.polar.coefficients import resolve
 
     for a, b, c in resolve(rows.coefficients, rows.steps):
         sigma = a * sigma + b * sigma**3 + c * sigma**5

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from scion_jax.layout import Axes
 from scion_jax.norms.base import Norm
 from scion_jax.norms.euclidean import BiasRMS
+from scion_jax.norms.layout import Axes
 from scion_jax.norms.spectral import Spectral
-from scion_jax.orthogonalize import NewtonSchulz, Orthogonalizer
+from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

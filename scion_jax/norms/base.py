@@ -37,9 +37,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from scion_jax import layout as layouts
-from scion_jax import numerics, sharding
-from scion_jax.layout import Axes
+from scion_jax import numerics
+from scion_jax.distributed import sharding
+from scion_jax.norms import layout as layouts
+from scion_jax.norms.layout import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Norm(abc.ABC):
     Attributes:
         radius: Radius of the ball, positive. May be traced (`jax.vmap` over radii).
         layout: One letter per array axis, `i` input, `o` output, `s` window, `b` batch; None for
-            Flax's order by rank (`io`, `ssio`, …). See `scion_jax.layout`.
+            Flax's order by rank (`io`, `ssio`, …). See `scion_jax.norms.layout`.
 
     Raises:
         TypeError: If `layout` is neither None nor a string.
@@ -249,7 +250,7 @@ class Norm(abc.ABC):
 
         Returns:
             Scalars, in the same order: the gauge, for `Spectral` up to 3 % more at 2,048 rows
-            (see `scion_jax.spectral_bound`).
+            (see `scion_jax.polar.spectral_bound`).
         """
         for x in xs:
             self.check(x)

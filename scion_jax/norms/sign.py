@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from scion_jax.layout import Axes
 from scion_jax.norms.base import Norm
+from scion_jax.norms.layout import Axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

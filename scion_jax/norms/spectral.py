@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scion_jax import numerics, sharding
-from scion_jax.batching import measure_stacks
-from scion_jax.layout import Axes
+from scion_jax import numerics
+from scion_jax.distributed import sharding
+from scion_jax.distributed.bucketing import measure_stacks
+from scion_jax.distributed.spreading import Compute, spread
 from scion_jax.norms.base import Norm
-from scion_jax.orthogonalize import NewtonSchulz, Orthogonalizer, orthogonalize_stacks
-from scion_jax.spectral_bound import spectral_norm_bound
-from scion_jax.spreading import Compute, spread
-from scion_jax.stack import Stack
+from scion_jax.norms.layout import Axes
+from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer, orthogonalize_stacks
+from scion_jax.polar.spectral_bound import spectral_norm_bound
+from scion_jax.polar.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

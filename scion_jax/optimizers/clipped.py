@@ -11,11 +11,11 @@ import optax
 from jax.typing import DTypeLike
 
 from scion_jax.clipping import clip_by_pairing
+from scion_jax.distributed.sharding import across_devices
+from scion_jax.distributed.spreading import check_names
+from scion_jax.labels import Norms, norms_of
 from scion_jax.norms import Auto, Norm
 from scion_jax.numerics import widest
-from scion_jax.routing import Norms, norms_of
-from scion_jax.sharding import across_devices
-from scion_jax.spreading import check_names
 from scion_jax.transforms import average_gradients, descend, scale_by_lmos
 
 
@@ -48,7 +48,7 @@ def unconstrained_clipped_scion(
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
             on an Explicit mesh.
 
     Returns:
@@ -102,7 +102,7 @@ def clipped_scion(
     settle where `scion` with a constant learning rate would keep jumping. Variant 2 bounds `‖w‖` by
     the diameter of the ball; the paper's factor 4 is absorbed in ρ. Variant 1 asks for `‖w‖`
     itself, for `Spectral` by a bound from matrix products that is up to 3 % high at 2,048 rows and
-    not low (see `scion_jax.spectral_bound`), so the step is a little shorter than the exact one.
+    not low (see `scion_jax.polar.spectral_bound`), so the step is a little shorter than the exact one.
 
     Parameters outside their balls: see `clip_by_pairing`; start with `init_params`. Sign
     convention: `lmo` is the maximizer of `⟨d, ·⟩`, the negative of the paper's.
@@ -119,7 +119,7 @@ def clipped_scion(
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
             on an Explicit mesh.
 
     Returns:

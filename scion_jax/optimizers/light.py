@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from scion_jax.distributed.sharding import zeros_like
+from scion_jax.labels import Norms
 from scion_jax.norms import Auto
 from scion_jax.numerics import is_number, widest
-from scion_jax.routing import Norms
-from scion_jax.sharding import zeros_like
 from scion_jax.transforms import check_momentum, descend, remember, scale_by_lmos
 
 
@@ -74,7 +74,7 @@ def scion_light(
         unconstrained: Leave out the pull towards zero.
         every_k: Number of calls per step, at least 1.
         shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
             on an Explicit mesh.
 
     Returns:

@@ -8,8 +8,8 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from scion_jax.labels import Norms
 from scion_jax.norms import Auto
-from scion_jax.routing import Norms
 from scion_jax.transforms import average_gradients, decay_weights, descend, scale_by_lmos
 
 
@@ -40,7 +40,7 @@ def scion(
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
             on an Explicit mesh.
 
     Returns:
@@ -102,7 +102,7 @@ def unconstrained_scion(
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         weight_decay: μ, at least 0.
         shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.spreading`. Not needed
+            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
             on an Explicit mesh.
 
     Returns:

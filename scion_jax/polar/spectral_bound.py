@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from scion_jax import numerics
-from scion_jax.stack import Stack
-from scion_jax.symmetric import symmetric_product
+from scion_jax.polar.stack import Stack
+from scion_jax.polar.symmetric import symmetric_product
 
 _SQUARINGS = 6
 

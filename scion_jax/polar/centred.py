@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from scion_jax.arithmetic import Arithmetic
-from scion_jax.stack import Stack
+from scion_jax.polar.arithmetic import Arithmetic
+from scion_jax.polar.stack import Stack
 
 
 class Centred(NamedTuple):

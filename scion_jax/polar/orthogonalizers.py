@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scion_jax import hardware, newton_schulz, numerics, sharding
-from scion_jax.arithmetic import Arithmetic
-from scion_jax.batching import map_stacks
-from scion_jax.coefficients import Step, resolve
-from scion_jax.stack import Stack
+from scion_jax import numerics
+from scion_jax.distributed import sharding
+from scion_jax.distributed.bucketing import map_stacks
+from scion_jax.polar import hardware, newton_schulz
+from scion_jax.polar.arithmetic import Arithmetic
+from scion_jax.polar.coefficients import Step, resolve
+from scion_jax.polar.stack import Stack
 
 _CHUNK_BYTES_CPU = 2**21
 _CHUNK_BYTES = 2**28

@@ -17,7 +17,7 @@ from scion_jax import (
     scion,
     unconstrained_scion,
 )
-from scion_jax.routing import leaf_path, norms_of
+from scion_jax.labels import leaf_path, norms_of
 
 pytestmark = pytest.mark.fast
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from scion_jax.symmetric import splits, symmetric_product
+from scion_jax.polar.symmetric import splits, symmetric_product
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,13 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from scion_jax import numerics
-from scion_jax.arithmetic import Arithmetic
-from scion_jax.centred import Centred
-from scion_jax.coefficients import Step
-from scion_jax.hardware import is_bfloat16_on_cpu
-from scion_jax.opaque import opaque
-from scion_jax.stack import Stack
-from scion_jax.symmetric import symmetric_flops
+from scion_jax.polar.arithmetic import Arithmetic
+from scion_jax.polar.centred import Centred
+from scion_jax.polar.coefficients import Step
+from scion_jax.polar.hardware import is_bfloat16_on_cpu
+from scion_jax.polar.opaque import opaque
+from scion_jax.polar.stack import Stack
+from scion_jax.polar.symmetric import symmetric_flops
 
 # Rounding times amplification, which a group must stay below: 0.0007 for the default's four steps
 # in float32; in bfloat16 0.055 for its last two, 0.10 for the second and third.

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scion_jax.hardware import is_bfloat16_on_cpu
-from scion_jax.stack import Product
+from scion_jax.polar.hardware import is_bfloat16_on_cpu
+from scion_jax.polar.stack import Product
 
 _SMALLEST_BLOCK_CPU = 192
 _SMALLEST_BLOCK = 1024

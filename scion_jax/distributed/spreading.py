@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from scion_jax import sharding
+from scion_jax.distributed import sharding
 
 Names = str | Sequence[str] | None
 Compute = Callable[[list[jax.Array], list[Any]], list[jax.Array]]

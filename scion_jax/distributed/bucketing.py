@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from scion_jax.opaque import opaque
-from scion_jax.stack import Stack
+from scion_jax.polar.opaque import opaque
+from scion_jax.polar.stack import Stack
 
 
 def map_stacks(

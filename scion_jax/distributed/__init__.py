@@ -1,0 +1,1 @@
+"""From leaves to stacks of matrices to devices, and back."""

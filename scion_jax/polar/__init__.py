@@ -1,0 +1,1 @@
+"""Polar factors of stacks of matrices: the iteration, its coefficients, and bounds."""
