@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from scion_jax import numerics
+from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
 
 
@@ -74,7 +74,8 @@ def clip_by_pairing(
         A transformation with state `ClipByPairingState`.
 
     Raises:
-        ValueError: If a constant `rho` is not positive.
+        TypeError: If `rho` is neither a number nor a schedule.
+        ValueError: If `rho` is not positive.
 
     Example:
         >>> import jax.numpy as jnp, optax, scion_jax
@@ -87,8 +88,7 @@ def clip_by_pairing(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Alg. 1 to 4.
     """
-    if numerics.is_number(rho) and not rho > 0:
-        raise ValueError(f"rho must be positive; got {rho}")
+    hyperparameters.check_schedule("rho", rho, above=0)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ClipByPairingState:
@@ -111,7 +111,7 @@ def clip_by_pairing(
         directions = jax.tree.unflatten(structure, ws)
         pairing = sum(pairings, jnp.zeros([], dtype))
         gain = sum(gains, jnp.zeros([], dtype))
-        threshold = jnp.asarray(rho(state.count) if callable(rho) else rho, dtype)
+        threshold = jnp.asarray(hyperparameters.value_at(rho, state.count), dtype)
         if squared_norm is not None:
             threshold = threshold * squared_norm(directions).astype(dtype)
         # Not a minimum of quotients: 0/0 is to be 1, as ρ → 0 is the optimizer without clipping.

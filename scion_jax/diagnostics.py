@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from scion_jax import numerics
-from scion_jax.labels import Norms, norms_of
 from scion_jax.norms import Auto
+from scion_jax.norms.leaves import Leaf
+from scion_jax.resolution import Norms, resolve
+from scion_jax.trees import check_alike
 
 
 class DualNorm(NamedTuple):
@@ -45,9 +48,8 @@ def gauges(params: Any, norms: Norms = Auto(), param_labels: Any = None) -> Any:
         >>> gauges({"w": 3 * jnp.eye(2)}, scion_jax.Spectral(radius=2.0))
         {'w': Array(1.5, dtype=float32)}
     """
-    return jax.tree.map(
-        lambda x, norm: norm.gauge(x), params, norms_of(params, norms, param_labels)
-    )
+    leaves = resolve(params, norms, param_labels)
+    return _for_each(leaves, params, lambda leaf, x: leaf.norm.gauge(x))
 
 
 def dual_norm(grads: Any, norms: Norms = Auto(), param_labels: Any = None) -> DualNorm:
@@ -73,10 +75,9 @@ def dual_norm(grads: Any, norms: Norms = Auto(), param_labels: Any = None) -> Du
         >>> dual_norm({"b": jnp.array([3.0, 4.0])}, scion_jax.Euclidean(radius=2.0)).total
         Array(10., dtype=float32)
     """
-    leaves = jax.tree.map(
-        lambda d, norm: norm.dual_norm(d), grads, norms_of(grads, norms, param_labels)
-    )
-    return DualNorm(leaves, _total(leaves))
+    leaves = resolve(grads, norms, param_labels)
+    dual_norms = _for_each(leaves, grads, lambda leaf, d: leaf.norm.dual_norm(d))
+    return DualNorm(dual_norms, _total(dual_norms))
 
 
 def frank_wolfe_gap(
@@ -108,8 +109,16 @@ def frank_wolfe_gap(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Sec. 5; [C] arXiv:2506.01913, Sec. 4.
     """
+    check_alike(params, grads, "the parameters", "the gradients")
     products = jax.tree.map(numerics.inner_product, params, grads)
     return _total(products) + dual_norm(grads, norms, param_labels).total
+
+
+def _for_each(
+    leaves: Sequence[Leaf], tree: Any, function: Callable[[Leaf, jax.Array], jax.Array]
+) -> Any:
+    arrays, structure = jax.tree.flatten(tree)
+    return structure.unflatten(map(function, leaves, arrays))
 
 
 def _total(tree: Any) -> jax.Array:

@@ -8,7 +8,7 @@ infinity come out as NaN instead of a plausible number.
 from __future__ import annotations
 
 import numbers
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,33 @@ def widest(*dtypes: DTypeLike) -> jnp.dtype:
     """
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+_SUPPORTED = ("float16", "bfloat16", "float32", "float64")
+
+
+def check_floating(leaf: Any, name: str) -> None:
+    """Checks that something is an array, or the shape of one, that can be optimized.
+
+    Args:
+        leaf: An array, or anything with its `shape` and `dtype`.
+        name: What to call it in error messages, such as `"leaf 'head/kernel'"`.
+
+    Raises:
+        TypeError: If it is no array, or of another dtype than float16, bfloat16, float32 and
+            float64.
+    """
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        raise TypeError(
+            f"{name} is {leaf!r}, which is no array; make it one (jnp.asarray), or leave it out "
+            "(optax.masked, nnx.Optimizer(wrt=…), eqx.filter)"
+        )
+    if str(leaf.dtype) not in _SUPPORTED:
+        raise TypeError(
+            f"{name} of shape {tuple(leaf.shape)} has dtype {leaf.dtype}; parameters and gradients "
+            f"are of a floating dtype, {', '.join(_SUPPORTED)}; leave others out (optax.masked, "
+            "nnx.Optimizer(wrt=…), eqx.filter)"
+        )
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from scion_jax import hyperparameters, resolution
 from scion_jax.distributed.sharding import zeros_like
 from scion_jax.distributed.spreading import check_names
-from scion_jax.labels import Norms, check_norms, labels_of, norms_of
 from scion_jax.norms import Norm
+from scion_jax.norms.leaves import lmos
 from scion_jax.numerics import is_number, widest
+from scion_jax.resolution import Norms
+from scion_jax.trees import check_alike, only_where
 
 
 class AverageGradientsState(NamedTuple):
@@ -27,25 +30,6 @@ class AverageGradientsState(NamedTuple):
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     average: Any
-
-
-def check_momentum(momentum: optax.ScalarOrSchedule, dtype: DTypeLike | None) -> None:
-    """Checks, when an optimizer is built, what can be known about its momentum.
-
-    Args:
-        momentum: α, a number or a schedule; traced values are not looked at.
-        dtype: Dtype of its buffer, or None.
-
-    Raises:
-        TypeError: If `dtype` is not floating.
-        ValueError: If a constant `momentum` is not in (0, 1].
-    """
-    if is_number(momentum) and not 0 < momentum <= 1:
-        raise ValueError(
-            f"momentum must be in (0, 1]: it is 1 minus the usual momentum; got {momentum}"
-        )
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"the average needs a floating dtype; got {jnp.dtype(dtype)}")
 
 
 def remember(buffer: jax.Array, momentum: ArrayLike) -> jax.Array:
@@ -82,8 +66,9 @@ def average_gradients(
         average is taken in at least float32.
 
     Raises:
-        TypeError: If `dtype` is not floating.
-        ValueError: If a constant `momentum` is not in (0, 1].
+        TypeError: If `momentum` is neither a number nor a schedule, or `dtype` is not floating.
+        ValueError: If `momentum` is not in (0, 1]; at `update`, if a gradient has another shape
+            than its average.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,7 +79,7 @@ def average_gradients(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 and 2.
     """
-    check_momentum(momentum, dtype)
+    hyperparameters.check_momentum(momentum, dtype)
 
     def init(params: Any) -> AverageGradientsState:
         average = jax.tree.map(lambda p: zeros_like(p, dtype), params)
@@ -104,7 +89,8 @@ def average_gradients(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, AverageGradientsState]:
         del params, extra_args
-        alpha = momentum(state.count) if callable(momentum) else momentum
+        check_alike(updates, state.average, "the gradients", "the average in the state")
+        alpha = hyperparameters.value_at(momentum, state.count)
 
         def blend(g: jax.Array, d: jax.Array) -> jax.Array:
             compute = widest(g.dtype, d.dtype, jnp.float32)
@@ -138,9 +124,7 @@ def scale_by_lmo(
 
     Args:
         norm: The norm, one for all leaves; route several with `optax.multi_transform`.
-        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
-            on an Explicit mesh.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
         A stateless transformation. Its updates have the parameters' dtype if parameters are given,
@@ -162,85 +146,78 @@ def scale_by_lmo(
     """
     if not isinstance(norm, Norm):
         raise TypeError(f"scale_by_lmo needs a Norm such as Spectral(50.0); got {norm}")
+    return checked(norm, None, scale_by_lmos(norm, None, shard_over))
 
+
+def scale_by_lmos(
+    norms: Norms, param_labels: Any, shard_over: str | Sequence[str] | None
+) -> optax.GradientTransformation:
+    """Replaces every leaf by the LMO of its own norm, matrices of one shape together.
+
+    What `optax.multi_transform({label: scale_by_lmo(norm), …}, param_labels)` computes, with one
+    iteration per shape of matrix, whatever its label.
+
+    Args:
+        norms: One norm, or a mapping from labels to norms.
+        param_labels: Labels, as in `optax.multi_transform`; None with a single norm.
+        shard_over: As in `scale_by_lmo`.
+
+    Returns:
+        A stateless transformation, to stand in `checked`.
+    """
+    resolution.check_norms(norms, param_labels)
     names = check_names(shard_over)
 
-    def init(params: Any) -> optax.EmptyState:
-        norms_of(params, norm, None)  # names a leaf that does not fit
-        return optax.EmptyState()
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        del extra_args
-        norms_of(updates, norm, None)
-        leaves, structure = jax.tree.flatten(updates)
-        directions = jax.tree.unflatten(structure, norm.lmo_leaves(leaves, names))
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        leaves = resolution.resolve(updates, norms, param_labels)
+        ds, structure = jax.tree.flatten(updates)
+        directions = jax.tree.unflatten(structure, lmos(leaves, ds, names))
         if params is not None:
             directions = jax.tree.map(lambda v, p: v.astype(p.dtype), directions, params)
         return directions, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def scale_by_lmos(
-    norms: Norms, param_labels: Any = None, shard_over: str | Sequence[str] | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """Replaces every leaf by the LMO of its own norm: `scale_by_lmo`, routed by labels.
+def decay_weights(
+    weight_decay: ArrayLike, norms: Norms, param_labels: Any
+) -> optax.GradientTransformation:
+    """Adds `μ x` to the updates of every leaf whose norm is constrained.
 
     Args:
+        weight_decay: μ, at least 0; may be traced. With 1 the next stage makes the constrained
+            step.
         norms: One norm, or a mapping from labels to norms.
-        param_labels: A tree or prefix of labels, or a function from the tree to one, as in
-            `optax.multi_transform`; None with a single norm.
-        shard_over: As in `scale_by_lmo`.
+        param_labels: Labels; None with a single norm.
 
     Returns:
-        A stateless transformation.
+        A stateless transformation, to stand in `checked`.
 
     Raises:
-        TypeError: If `norms` is neither a norm nor a mapping to norms.
-        ValueError: If norms and labels do not belong together; at `init` or `update`, if a label
-            has no norm.
-    """
-    check_norms(norms, param_labels)
-    if isinstance(norms, Norm):
-        return scale_by_lmo(norms, shard_over)
-    table: Mapping[Hashable, Norm] = dict(norms)
-    return optax.multi_transform(
-        {label: scale_by_lmo(norm, shard_over) for label, norm in table.items()},
-        lambda tree: labels_of(tree, table, param_labels),
-    )
-
-
-def decay_weights(weight_decay: ArrayLike) -> optax.GradientTransformation:
-    """Adds `μ x` to the updates.
-
-    Optax's `add_decayed_weights`, with μ cast to each parameter's dtype (Optax would promote the
-    updates to the dtype of a traced μ), and without a need for parameters if μ is plainly 0.
-
-    Args:
-        weight_decay: μ, at least 0; may be traced.
-
-    Returns:
-        A stateless transformation.
-
-    Raises:
-        TypeError: If `weight_decay` is a schedule.
-        ValueError: If a constant `weight_decay` is negative; at `update`, without parameters unless
-            μ is a Python zero.
+        TypeError: If `weight_decay` is not a number.
+        ValueError: If `weight_decay` is negative; at `update`, without parameters unless μ is a
+            Python zero.
     """
     if callable(weight_decay):
         raise TypeError("weight_decay is a number; schedule it with optax.inject_hyperparams")
-    if is_number(weight_decay) and not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0; got {weight_decay}")
-    add_weights = optax.add_decayed_weights(1.0)
+    hyperparameters.check_number("weight_decay", weight_decay, at_least=0)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if is_number(weight_decay) and weight_decay == 0:
             return updates, state
-        if params is not None:
-            params = jax.tree.map(lambda p: jnp.asarray(weight_decay, p.dtype) * p, params)
-        return add_weights.update(updates, state, params)
+        if params is None:  # Optax says so in its own words
+            return optax.add_decayed_weights(1.0).update(updates, state, params)
+        leaves = resolution.resolve(params, norms, param_labels)
 
-    return optax.GradientTransformation(add_weights.init, update)
+        def decayed(leaf: Any, u: jax.Array, x: jax.Array) -> jax.Array:
+            # In the parameter's dtype: a traced μ would promote it to its own.
+            return u + jnp.asarray(weight_decay, x.dtype) * x if leaf.norm.constrained else u
+
+        us, structure = jax.tree.flatten(updates)
+        xs = structure.flatten_up_to(params)
+        return structure.unflatten(map(decayed, leaves, us, xs)), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -264,3 +241,34 @@ def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformati
         return scale.update(updates, state, params)
 
     return optax.GradientTransformation(scale.init, update)
+
+
+def checked(
+    norms: Norms, param_labels: Any, *stages: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Chains stages behind a check that every leaf can be read, before any buffer is made.
+
+    Args:
+        norms: One norm, or a mapping from labels to norms.
+        param_labels: Labels; None with a single norm.
+        *stages: The stages, first to last.
+
+    Returns:
+        `optax.chain(*stages)`, that names the leaf where parameters, gradients, norms and labels do
+        not fit each other, warns of norms and rules that no leaf uses, and overlooks what `params`
+        holds where there is no gradient (an Equinox model's functions).
+    """
+    chain = optax.with_extra_args_support(stages[0] if len(stages) == 1 else optax.chain(*stages))
+
+    def init(params: Any) -> Any:
+        resolution.resolve(params, norms, param_labels)
+        resolution.warn_of_unused(params, norms, param_labels)
+        return chain.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if params is not None:
+            params = only_where(updates, params)
+            check_alike(updates, params, "the gradients", "the parameters")
+        return chain.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)

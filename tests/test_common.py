@@ -88,6 +88,9 @@ NORMS = {
 }
 LABELS = label_by_path([(f"^{label}", label) for label in NORMS])
 
+# Some take a part of the tree, and then norms are left over, of which optimizers warn.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no leaf:UserWarning")
+
 every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 

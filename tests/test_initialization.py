@@ -73,7 +73,7 @@ def test_shapes_are_enough():
 def test_sharding_is_kept(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     split = NamedSharding(mesh, PartitionSpec(None, "x"))
-    params = {"a": jax.device_put(jnp.zeros((4, 16)), split), "b": jnp.zeros(3)}
+    params = {"a": jax.device_put(jnp.zeros((4, 16)), split), "b": jnp.zeros((3, 2))}
     drawn = init_params(jax.random.key(0), params)
     assert drawn["a"].sharding == split
     assert not drawn["b"].committed
@@ -87,16 +87,16 @@ def test_sharding_is_kept(kind):
 
 
 def test_errors_name_the_leaf():
-    with pytest.raises(ValueError, match=r"leaf 'conv' of shape \(3, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"'conv' of shape \(3, 4, 5\)"):
         init_params(jax.random.key(0), {"conv": jnp.zeros((3, 4, 5))})
     with pytest.raises(TypeError, match="leaf 'step'"):
         init_params(jax.random.key(0), {"step": jnp.int32(0)})
 
 
-@pytest.mark.parametrize("activation", [scaled_relu, scaled_gelu])
-def test_scaled_activations_keep_the_second_moment(activation):
+@pytest.mark.parametrize(("activation", "tolerance"), [(scaled_relu, 0.02), (scaled_gelu, 0.16)])
+def test_scaled_activations_keep_the_second_moment(activation, tolerance):
     x = jax.random.normal(jax.random.key(0), (100_000,))
-    assert float(jnp.mean(activation(x) ** 2)) == pytest.approx(1, rel=0.2)
+    assert float(jnp.mean(activation(x) ** 2)) == pytest.approx(1, rel=tolerance)
     assert activation(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 

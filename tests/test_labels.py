@@ -17,7 +17,8 @@ from scion_jax import (
     scion,
     unconstrained_scion,
 )
-from scion_jax.labels import leaf_path, norms_of
+from scion_jax.labels import leaf_path
+from scion_jax.resolution import resolve
 
 pytestmark = pytest.mark.fast
 
@@ -98,16 +99,26 @@ def test_a_label_without_a_norm_is_named_with_its_leaf():
         init_params(jax.random.key(0), PARAMS, NORMS, labels)
 
 
-def test_a_norm_that_no_leaf_uses_is_fine():
+def test_a_norm_or_rule_that_no_leaf_uses_is_warned_of_once():
     optimizer = optax.masked(
         scion(0.1, NORMS, label_by_path(RULES)),
         {"embed": True, "blocks": False, "head": True},
     )
-    updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    with pytest.warns(UserWarning, match="no leaf") as caught:
+        state = optimizer.init(PARAMS)
+    assert [str(w.message) for w in caught] == [
+        "rule ('bias$', 'bias') of label_by_path is the first match of no leaf; the nearest path "
+        "is 'embed/table'",
+        "rule ('blocks/[01]/', 'hidden') of label_by_path is the first match of no leaf; the "
+        "nearest path is 'embed/table'",
+    ]
+    updates, _ = optimizer.update(PARAMS, state, PARAMS)
     assert updates["blocks"][0]["kernel"] is PARAMS["blocks"][0]["kernel"]
     mask = jax.tree.map(lambda label: label in ("first", "last"), LABELS)
     masked_labels = optax.masked(scion(0.1, NORMS, LABELS), mask)
-    again, _ = masked_labels.update(PARAMS, masked_labels.init(PARAMS), PARAMS)
+    with pytest.warns(UserWarning, match=r"norms\['(hidden|bias)'\] is used by no leaf"):
+        state = masked_labels.init(PARAMS)
+    again, _ = masked_labels.update(PARAMS, state, PARAMS)
     np.testing.assert_array_equal(again["head"], updates["head"])
 
 
@@ -126,22 +137,23 @@ def test_norms_and_labels_must_belong_together(norms, labels, error, message):
         with pytest.raises(error, match=message):
             build(0.1, norms, labels)
     with pytest.raises(error, match=message):
-        norms_of(PARAMS, norms, labels)
+        resolve(PARAMS, norms, labels)
 
 
 def test_a_leaf_that_does_not_fit_is_named_at_init():
-    with pytest.raises(ValueError, match=r"'conv/kernel' of shape \(3, 4, 5\) has rank 3"):
+    with pytest.raises(ValueError, match=r"'conv/kernel' of shape \(3, 4, 5\): it could be"):
         scion(0.1).init({"conv": {"kernel": jnp.ones((3, 4, 5))}})
-    with pytest.raises(ValueError, match=r"leaf 'a/1' of shape \(3,\) has rank 1"):
+    with pytest.raises(ValueError, match=r"2 letters, but leaf 'a/1' of shape \(3,\) has rank 1"):
         scale_by_lmo(Spectral(layout="oi")).init({"a": [jnp.ones((2, 2)), jnp.ones(3)]})
     with pytest.raises(TypeError, match=r"leaf 'steps'.*int32.*optax.masked"):
         scion(0.1).init({"steps": jnp.int32(3)})
 
 
 def test_norms_of_a_prefix():
-    tree = norms_of(PARAMS, NORMS, PREFIX)
-    assert tree["blocks"][1] == {"kernel": NORMS["hidden"], "bias": NORMS["bias"]}
-    assert tree["embed"]["table"] == NORMS["first"]
+    leaves = {leaf.path: leaf.norm for leaf in resolve(PARAMS, NORMS, PREFIX)}
+    assert leaves["blocks/1/kernel"] == NORMS["hidden"]
+    assert leaves["blocks/1/bias"] == NORMS["bias"]
+    assert leaves["embed/table"] == NORMS["first"]
 
 
 def test_paths_of_nnx_leave_out_the_variable():

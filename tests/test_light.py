@@ -95,9 +95,9 @@ def test_traced_every_k():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_k": 0}, "every_k must be a whole number"),
+        ({"every_k": 0}, "every_k must be at least 1"),
         ({"every_k": 1.5}, "every_k must be a whole number"),
-        ({"momentum": 0.0}, "momentum must be in"),
+        ({"momentum": 0.0}, "momentum .* must be above 0 and at most 1"),
     ],
 )
 def test_errors(options, message):

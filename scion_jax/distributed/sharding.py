@@ -11,6 +11,7 @@ all parameters must be summed over those axes too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -83,3 +84,39 @@ def across_devices(
             for position, index in enumerate(members):
                 results[index] = reduced[position]
     return results
+
+
+def unsplit(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Makes some axes whole on every device, where types say that they are split.
+
+    The devices split another axis instead if there is one that they divide evenly, so that nothing
+    is held twice; the array is gathered otherwise.
+
+    Args:
+        array: Any array; on an Auto mesh, or without one, it is returned as it is.
+        axes: The axes that must not be split.
+
+    Returns:
+        The same array.
+    """
+    sharding = jax.typeof(array).sharding
+    spec = [_names_of(part) for part in sharding.spec] if sharding.spec else []
+    spec += [()] * (array.ndim - len(spec))
+    moving = tuple(name for axis in axes for name in spec[axis])
+    if not moving:
+        return array
+    for axis in axes:
+        spec[axis] = ()
+    for axis in range(array.ndim):
+        devices = math.prod(sharding.mesh.shape[name] for name in (*spec[axis], *moving))
+        if axis not in axes and array.shape[axis] % devices == 0 and array.shape[axis]:
+            spec[axis] = (*spec[axis], *moving)
+            break
+    whole = NamedSharding(sharding.mesh, PartitionSpec(*(names or None for names in spec)))
+    return jax.sharding.reshard(array, whole)
+
+
+def _names_of(part: str | Sequence[str] | None) -> tuple[str, ...]:
+    if part is None:
+        return ()
+    return (part,) if isinstance(part, str) else tuple(part)

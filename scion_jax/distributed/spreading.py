@@ -35,7 +35,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from scion_jax import numerics
 from scion_jax.distributed import sharding
+from scion_jax.distributed.bucketing import measure_stacks
+from scion_jax.polar.orthogonalizers import Orthogonalizer, orthogonalize_stacks
+from scion_jax.polar.spectral_bound import spectral_norm_bound
 
 Names = str | Sequence[str] | None
 Compute = Callable[[list[jax.Array], list[Any]], list[jax.Array]]
@@ -321,3 +325,50 @@ class _Mapped:
         computed = compute([share(stack) for stack in stacks], kinds)
 
         return [gathered(own) for own in computed]
+
+
+def polar_factors(
+    matrices: Sequence[jax.Array],
+    orthogonalizer: Orthogonalizer,
+    shard_over: tuple[str, ...] | None = None,
+) -> list[jax.Array]:
+    """Orthogonalizes batches of matrices, those of one shape together."""
+    if not matrices:
+        return []
+    wide = [numerics.at_least_float32(m) for m in matrices]
+    dtype = numerics.widest(*(m.dtype for m in wide))
+
+    def compute(stacks: list[jax.Array], kinds: list[Any]) -> list[jax.Array]:
+        del kinds
+        return orthogonalize_stacks(stacks, orthogonalizer)
+
+    polars = spread(
+        compute,
+        wide,
+        [None] * len(wide),
+        shard_over or (),
+        orthogonalizer.travel_dtype(dtype),
+    )
+    return [p.astype(m.dtype) for p, m in zip(polars, matrices, strict=True)]
+
+
+def spectral_norm_bounds(
+    matrices: Sequence[jax.Array], shard_over: tuple[str, ...] | None = None
+) -> list[jax.Array]:
+    """Bounds the spectral norms of batches of matrices from above."""
+    if not matrices:
+        return []
+
+    def compute(stacks: list[jax.Array], kinds: list[Any]) -> list[jax.Array]:
+        del kinds
+        return measure_stacks(
+            lambda stack: (
+                spectral_norm_bound(stack)
+                if stack.small
+                else jnp.zeros(sum(stack.sizes), stack.dtype)
+            ),
+            stacks,
+        )
+
+    wide = [numerics.at_least_float32(m) for m in matrices]
+    return spread(compute, wide, [None] * len(wide), shard_over or ())

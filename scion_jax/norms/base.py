@@ -7,8 +7,8 @@ hashed, and written once at the top of a training script.
 
 `Norm` does what all norms share: it reads the layout, computes in at least float32, scales by the
 radius, and casts back. A subclass says what happens on the unit ball, in four `unit_…` hooks that
-receive the array with its `Axes`. A new norm is about ten lines (here the ball of matrices whose
-absolute entries sum to at most 1, so that only the largest entry moves):
+receive a block of the array with its `Axes`. A new norm is about ten lines (here the ball of
+matrices whose absolute entries sum to at most 1, so that only the largest entry moves):
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class EntrySum(Norm):
@@ -31,16 +31,18 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from scion_jax import numerics
+from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
 from scion_jax.norms import layout as layouts
-from scion_jax.norms.layout import Axes
+from scion_jax.norms.layout import Axes, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +56,28 @@ class Norm(abc.ABC):
     Attributes:
         radius: Radius of the ball, positive. May be traced (`jax.vmap` over radii).
         layout: One letter per array axis, `i` input, `o` output, `s` window, `b` batch; None for
-            Flax's order by rank (`io`, `ssio`, …). See `scion_jax.norms.layout`.
+            `o` (rank 0 and 1) and `io` (rank 2). See `scion_jax.norms.layout`.
+        constrained: Whether the constrained optimizers keep the parameter in the ball. If not,
+            they and weight decay leave out the pull towards zero, and it moves by the LMO alone.
 
     Raises:
-        TypeError: If `layout` is neither None nor a string.
-        ValueError: If `radius` is not positive and finite, or `layout` holds an unknown letter or
-            no `o`.
+        TypeError: If `radius` is not a number, `layout` neither None nor a string, or
+            `constrained` not a boolean.
+        ValueError: If `radius` is not positive and finite, or `layout` is malformed.
     """
 
     radius: ArrayLike = 1.0
     _: dataclasses.KW_ONLY
     layout: str | None = None
+    constrained: bool = True
+
+    default_layouts: ClassVar[Mapping[int, str]] = layouts.DEFAULTS
 
     def __post_init__(self) -> None:
-        # Only plain numbers are looked at: a traced radius has no value yet.
-        if numerics.is_number(self.radius) and not 0 < self.radius < float("inf"):
-            name = type(self).__name__
-            raise ValueError(f"{name}: radius must be positive and finite; got {self.radius}")
+        name = type(self).__name__
+        hyperparameters.check_number(f"{name}: radius", self.radius, above=0, below=math.inf)
         layouts.check_layout(self.layout)
+        hyperparameters.check_flag(f"{name}: constrained", self.constrained)
 
     @abc.abstractmethod
     def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:
@@ -121,71 +127,44 @@ class Norm(abc.ABC):
             Array of shape `axes.shape`, floating.
         """
 
-    def unit_lmo_leaves(
-        self, ds: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
-    ) -> list[jax.Array]:
-        """Computes `unit_lmo` of several arrays; a norm may handle some of them together.
+    def unit_step_rms(self, axes: Axes) -> float:
+        """Computes the root mean square of the entries of `unit_lmo`, for `describe`.
 
         Args:
-            ds: Directions, float32 or float64.
-            axes: The axes of each.
-            shard_over: Names of the mesh axes over which work may be spread; see `spreading`.
+            axes: The shape, and the roles of its axes.
 
         Returns:
-            The maximizers, in the same order.
+            The number for a direction without zeros; NaN where it depends on the direction.
         """
-        del shard_over
-        return [self.unit_lmo(d, a) for d, a in zip(ds, axes, strict=True)]
+        del axes
+        return math.nan
 
-    def unit_gauge_bounds(
-        self, xs: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
-    ) -> list[jax.Array]:
-        """Computes numbers as `unit_gauge` does, or cheaper ones that are at least as large.
+    def resolve(self, rank: int) -> Norm:
+        """Finds the norm that stands for this one at a rank: itself, but for `Auto`.
 
         Args:
-            xs: Parameters or directions, float32 or float64.
-            axes: The axes of each.
-            shard_over: Names of the mesh axes over which work may be spread; see `spreading`.
+            rank: Number of axes of the array.
 
         Returns:
-            The numbers of each array, in the same order, in any shape.
+            A norm that offers the `unit_…` hooks.
         """
-        del shard_over
-        return [self.unit_gauge(x, a) for x, a in zip(xs, axes, strict=True)]
+        del rank
+        return self
 
-    def axes(self, shape: tuple[int, ...], path: str = "") -> Axes:
+    def read(self, shape: tuple[int, ...], name: str = "") -> Layout:
         """Reads this norm's layout against a shape.
 
         Args:
             shape: Shape of the array.
-            path: Where the array stands in its tree, for error messages.
+            name: What to call the array in error messages, such as `"leaf 'head/kernel'"`.
 
         Returns:
-            The array's axes by role.
+            The array's blocks and their axes.
 
         Raises:
             ValueError: If the layout does not fit, or is None and the rank has no default.
         """
-        return layouts.parse_layout(self.layout, shape, path)
-
-    def check(self, array: jax.Array | jax.ShapeDtypeStruct, path: str = "") -> None:
-        """Checks that this norm can handle an array.
-
-        Args:
-            array: An array, or anything with its `shape` and `dtype`.
-            path: Where it stands in its tree, for error messages.
-
-        Raises:
-            TypeError: If the array is not floating.
-            ValueError: If the layout does not fit, or is None and the rank has no default.
-        """
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            name = f"leaf '{path}'" if path else "an array"
-            raise TypeError(
-                f"{name} of shape {array.shape} has dtype {array.dtype}; {type(self).__name__} "
-                "needs a floating dtype (leave other leaves out with optax.masked)"
-            )
-        self.axes(array.shape, path)
+        return layouts.parse_layout(self.layout, tuple(shape), name, self.default_layouts)
 
     def lmo(self, d: jax.Array) -> jax.Array:
         """Maximizes `⟨d, ·⟩` over the ball (the papers' LMO with the sign flipped).
@@ -196,80 +175,45 @@ class Norm(abc.ABC):
             d: Direction, usually an averaged gradient; any floating dtype.
 
         Returns:
-            Array of the shape and dtype of `d`. It does not depend on the scale of `d`; zero gives
-            zero; NaN and infinity give NaN, in their own matrix only.
+            Array of the shape, dtype and sharding of `d`. It does not depend on the scale of `d`;
+            zero gives zero; NaN and infinity give NaN, in their own matrix only.
 
         Raises:
             TypeError: If `d` is not floating.
             ValueError: If the layout does not fit, or is None and the rank has no default.
         """
-        return self.lmo_leaves([d])[0]
-
-    def lmo_leaves(
-        self, ds: Sequence[jax.Array], shard_over: tuple[str, ...] = ()
-    ) -> list[jax.Array]:
-        """Computes `lmo` of several arrays, together where the norm can (`Spectral` stacks them).
-
-        Args:
-            ds: Directions, any floating dtypes.
-            shard_over: Names of the mesh axes over which stacks are spread; see `spreading`.
-
-        Returns:
-            The maximizers, in the same order, shapes and dtypes.
-        """
-        for d in ds:
-            self.check(d)
-        wide = [numerics.at_least_float32(d) for d in ds]
-        units = self.unit_lmo_leaves(wide, [self.axes(d.shape) for d in ds], shard_over)
-        return [
-            sharding.shard_like(self._scaled(unit).astype(d.dtype), d)
-            for unit, d in zip(units, ds, strict=True)
-        ]
+        norm, layout = self._resolved(d)
+        blocks = layout.split(numerics.at_least_float32(d))
+        units = [norm.unit_lmo(b, axes) for b, axes in zip(blocks, layout.blocks, strict=True)]
+        return sharding.shard_like(norm.scaled(layout.join(units)).astype(d.dtype), d)
 
     def gauge(self, x: jax.Array) -> jax.Array:
         """Computes `‖x‖ / radius`: at most 1 inside the ball.
 
         Args:
-            x: Parameter; any floating dtype. With batch axes the maximum over the matrices.
+            x: Parameter; any floating dtype. With several matrices the maximum over them.
 
         Returns:
             Scalar, float32 or float64. Exact: the spectral norm takes an SVD.
         """
-        self.check(x)
-        x = numerics.at_least_float32(x)
-        return self._largest(self.unit_gauge(x, self.axes(x.shape)), x)
-
-    def gauge_bounds(
-        self, xs: Sequence[jax.Array], shard_over: tuple[str, ...] = ()
-    ) -> list[jax.Array]:
-        """Bounds the gauges of several arrays from above, without a decomposition.
-
-        Args:
-            xs: Parameters or directions, any floating dtypes.
-            shard_over: Names of the mesh axes over which stacks are spread; see `spreading`.
-
-        Returns:
-            Scalars, in the same order: the gauge, for `Spectral` up to 3 % more at 2,048 rows
-            (see `scion_jax.polar.spectral_bound`).
-        """
-        for x in xs:
-            self.check(x)
-        wide = [numerics.at_least_float32(x) for x in xs]
-        bounds = self.unit_gauge_bounds(wide, [self.axes(x.shape) for x in xs], shard_over)
-        return [self._largest(bound, x) for bound, x in zip(bounds, wide, strict=True)]
+        norm, layout = self._resolved(x)
+        blocks = layout.split(numerics.at_least_float32(x))
+        sizes = [norm.unit_gauge(b, axes) for b, axes in zip(blocks, layout.blocks, strict=True)]
+        return norm.largest(sizes, layout)
 
     def dual_norm(self, d: jax.Array) -> jax.Array:
         """Computes `radius · ‖d‖_*`, the maximum of `⟨d, ·⟩` over the ball.
 
         Args:
-            d: Gradient; any floating dtype. With batch axes the sum over the matrices.
+            d: Gradient; any floating dtype. With several matrices the sum over them.
 
         Returns:
             Scalar, float32 or float64. Exact: the nuclear norm takes an SVD.
         """
-        self.check(d)
-        d = numerics.at_least_float32(d)
-        return self._scaled(jnp.sum(self.unit_dual_norm(d, self.axes(d.shape))))
+        norm, layout = self._resolved(d)
+        blocks = layout.split(numerics.at_least_float32(d))
+        sizes = [norm.unit_dual_norm(b, a) for b, a in zip(blocks, layout.blocks, strict=True)]
+        return norm.scaled(jnp.sum(jnp.stack([jnp.sum(size) for size in sizes])))
 
     def init(
         self, key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32
@@ -290,16 +234,25 @@ class Norm(abc.ABC):
             ValueError: If the layout does not fit, or is None and the rank has no default.
         """
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-        shape = tuple(shape)
-        self.check(jax.ShapeDtypeStruct(shape, dtype))
-        unit = self.unit_init(key, self.axes(shape))
-        wide = unit.astype(numerics.widest(dtype, jnp.float32))
-        return self._scaled(wide).astype(dtype)
+        norm, layout = self._resolved(jax.ShapeDtypeStruct(tuple(shape), dtype))
+        keys = [key] if len(layout.blocks) == 1 else jax.random.split(key, len(layout.blocks))
+        blocks = [norm.unit_init(k, axes) for k, axes in zip(keys, layout.blocks, strict=True)]
+        unit = layout.join(blocks).astype(numerics.widest(dtype, jnp.float32))
+        return norm.scaled(unit).astype(dtype)
 
-    def _largest(self, sizes: jax.Array, x: jax.Array) -> jax.Array:
-        if not x.size:
-            return jnp.zeros([], x.dtype)
-        return jnp.max(sizes) / jnp.asarray(self.radius, x.dtype)
+    def _resolved(self, array: jax.Array | jax.ShapeDtypeStruct) -> tuple[Norm, Layout]:
+        numerics.check_floating(array, "an array")
+        norm = self.resolve(len(array.shape))
+        return norm, norm.read(array.shape)
 
-    def _scaled(self, unit: jax.Array) -> jax.Array:
+    def scaled(self, unit: jax.Array) -> jax.Array:
+        """Multiplies what holds for the unit ball by the radius."""
         return jnp.asarray(self.radius, unit.dtype) * unit
+
+    def largest(self, sizes: Sequence[jax.Array], layout: Layout) -> jax.Array:
+        """Computes the gauge from the numbers of `unit_gauge`, one array for each block."""
+        dtype = sizes[0].dtype
+        if not math.prod(layout.shape):
+            return jnp.zeros([], dtype)
+        largest = [jnp.max(size, initial=0) for size in sizes]
+        return jnp.max(jnp.stack(largest)) / jnp.asarray(self.radius, dtype)

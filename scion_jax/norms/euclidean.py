@@ -21,7 +21,10 @@ class BiasRMS(Norm):
 
     Attributes:
         radius: Radius of the ball.
-        layout: One letter per array axis; see `Norm`. A stack of biases is `bo`.
+        layout: One letter per array axis; see `Norm`. A stack of biases is `bo`, one bias of two
+            axes `oo`, the fused bias of four gates `o[4]`.
+        constrained: Whether `scion` pulls the parameter towards zero; see `Norm`. False lets gains
+            stay near the 1 that they start at.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,6 +45,11 @@ class BiasRMS(Norm):
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes the length, times the root of the number of entries."""
         return numerics.vector_norm(d, axes.matrix) * _root_size(axes)
+
+    def unit_step_rms(self, axes: Axes) -> float:
+        """Returns 1, by definition."""
+        del axes
+        return 1.0
 
     def unit_init(self, key: jax.Array, axes: Axes) -> jax.Array:
         """Returns zeros."""
@@ -79,6 +87,10 @@ class Euclidean(Norm):
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes the length: this norm is its own dual."""
         return numerics.vector_norm(d, axes.matrix)
+
+    def unit_step_rms(self, axes: Axes) -> float:
+        """Computes one over the root of the number of entries."""
+        return 1 / _root_size(axes)
 
     def unit_init(self, key: jax.Array, axes: Axes) -> jax.Array:
         """Draws a direction, uniformly."""

@@ -9,30 +9,42 @@ with one letter per axis:
     `s`  spatial window of a convolution; `k` is the product of the `s` sizes
     `b`  batch: independent matrices (scanned layers, experts, heads kept apart)
 
-Every array is thereby a batch of matrices, its *matrix view* `(batch, d_out, k·d_in)`.
+An axis may hold several matrices side by side, and its letter says so: `io[3]` is three equal ones
+(fused q, k, v), `io[768,256,256]` unequal ones (grouped-query attention), `ssio[groups]` a grouped
+or depthwise convolution, `o[4]` the bias of four fused gates. Each is a matrix of its own, with its
+own `d_out` or `d_in`.
+
+Every array is thereby one or more *blocks*, and every block, once equal parts stand on an axis of
+their own, a batch of matrices `(batch, d_out, k·d_in)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
+import re
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-_LETTERS = {"i": "input", "o": "output", "s": "spatial window", "b": "batch"}
+from scion_jax.distributed import sharding
 
-# Flax's order. Rank 3 is absent on purpose: a Conv1d kernel, an attention projection and a stack
-# of matrices all have rank 3, and no guess is safe.
-_DEFAULTS = {0: "o", 1: "o", 2: "io", 4: "ssio", 5: "sssio"}
+_ROLES = {"i": "input", "o": "output", "s": "spatial window", "b": "batch"}
+_TERM = re.compile(r"([a-zA-Z])(?:\[([^\]]*)\])?")
+
+# Flax's Dense and Embed. Every rank above occurs with several meanings, so no other is guessed.
+DEFAULTS: Mapping[int, str] = {0: "o", 1: "o", 2: "io"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axes of one array, sorted by role.
+    """The axes of one block, sorted by role.
 
     Attributes:
-        shape: Shape of the array.
+        shape: Shape of the block.
         batch: Positions of the `b` axes.
         output: Positions of the `o` axes.
         input: Positions of the `i` axes.
@@ -47,6 +59,11 @@ class Axes:
 
     def _size(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
+
+    @property
+    def count(self) -> int:
+        """Number of matrices: the product of the `b` sizes."""
+        return self._size(self.batch)
 
     @property
     def d_out(self) -> int:
@@ -70,7 +87,7 @@ class Axes:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Positions of the `i` and `s` axes, in the array's order."""
+        """Positions of the `i` and `s` axes, in the block's order."""
         return tuple(sorted(self.input + self.window))
 
     @property
@@ -79,125 +96,231 @@ class Axes:
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.batch)
 
     @property
-    def stored(self) -> Axes:
-        """These axes, with inputs and outputs swapped if the inputs come first in the array.
-
-        The matrix view is then `W` or `Wᵀ`, whichever does not move entries around.
-        """
-        if not (self.columns and self.output) or self.output[0] < self.columns[0]:
-            return self
-        return dataclasses.replace(self, output=self.columns, input=self.output, window=())
-
-    @property
-    def single(self) -> Axes:
-        """The axes of one entry of the batch: these without the batch axes."""
-        position = {axis: index for index, axis in enumerate(self.matrix)}
-        roles = (self.output, self.input, self.window)
-        output, inputs, window = (tuple(position[axis] for axis in role) for role in roles)
-        return Axes(tuple(self.shape[axis] for axis in self.matrix), (), output, inputs, window)
-
-    def batched(self, size: int) -> Axes:
-        """The axes of a stack of such arrays, with one more batch axis in front."""
-        roles = (self.batch, self.output, self.input, self.window)
-        batch, output, inputs, window = (tuple(axis + 1 for axis in role) for role in roles)
-        return Axes((size, *self.shape), (0, *batch), output, inputs, window)
-
-    def to_entries(self, array: jax.Array) -> jax.Array:
-        """Views `array` as a stack of the batch's entries, `(batch, *single.shape)`."""
-        array = jnp.transpose(array, self.batch + self.matrix)
-        return array.reshape(self._size(self.batch), *array.shape[len(self.batch) :])
-
-    def from_entries(self, entries: jax.Array) -> jax.Array:
-        """Undoes `to_entries`."""
-        order = self.batch + self.matrix
-        array = entries.reshape(tuple(self.shape[axis] for axis in order))
-        return jnp.transpose(array, sorted(range(len(order)), key=order.__getitem__))
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return self.batch + self.output + self.columns
+    def _groups(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The axes that become the batch, the rows and the columns of `to_matrices`."""
+        columns_first = self.columns and self.output and self.columns[0] < self.output[0]
+        rows, columns = self.output, self.columns
+        return (self.batch, columns, rows) if columns_first else (self.batch, rows, columns)
 
     def to_matrices(self, array: jax.Array) -> jax.Array:
-        """Views `array` as a batch of matrices, `(batch, d_out, k·d_in)`."""
-        array = jnp.transpose(array, self._order)
-        return array.reshape(self._size(self.batch), self.d_out, self.fan_in)
+        """Views a block as a batch of matrices `W` or `Wᵀ`, whichever is closer to how it lies.
+
+        Args:
+            array: The block, of shape `shape`.
+
+        Returns:
+            Shape `(batch, d_out, k·d_in)` or `(batch, k·d_in, d_out)`.
+        """
+        groups = self._groups
+        # Axes can be merged where at most the first of them is split over devices.
+        array = sharding.unsplit(array, [axis for group in groups for axis in group[1:]])
+        array = jnp.transpose(array, [axis for group in groups for axis in group])
+        return array.reshape([self._size(group) for group in groups])
 
     def from_matrices(self, matrices: jax.Array) -> jax.Array:
         """Undoes `to_matrices`."""
-        array = matrices.reshape(tuple(self.shape[axis] for axis in self._order))
-        inverse = sorted(range(len(self.shape)), key=self._order.__getitem__)
-        return jnp.transpose(array, inverse)
+        order = [axis for group in self._groups for axis in group]
+        array = matrices.reshape([self.shape[axis] for axis in order])
+        return jnp.transpose(array, sorted(range(len(order)), key=order.__getitem__))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one array is read: as blocks, each a batch of matrices of one shape.
+
+    Attributes:
+        text: The layout, such as `"io[3]"`.
+        shape: Shape of the array.
+        cuts: For each axis, the sizes of the blocks along it.
+        blocks: The axes of each block, equal parts on axes of their own; ordered as the blocks lie.
+    """
+
+    text: str
+    shape: tuple[int, ...]
+    cuts: tuple[tuple[int, ...], ...]
+    blocks: tuple[Axes, ...]
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether there is no input axis: a bias or a gain, or a stack of them."""
+        return not any(axes.columns for axes in self.blocks)
+
+    def split(self, array: jax.Array) -> list[jax.Array]:
+        """Cuts an array of shape `shape` into its blocks."""
+        if [axes.shape for axes in self.blocks] == [self.shape]:
+            return [array]
+        parted = [a for a, letter in enumerate(_terms(self.text)) if letter[1]]
+        # Devices may hold an axis in other pieces than its parts.
+        pieces = [sharding.unsplit(array, parted)]
+        for axis, sizes in enumerate(self.cuts):
+            if len(sizes) > 1:
+                ends = list(itertools.accumulate(sizes))[:-1]
+                pieces = [part for piece in pieces for part in jnp.split(piece, ends, axis)]
+        return [p.reshape(axes.shape) for p, axes in zip(pieces, self.blocks, strict=True)]
+
+    def join(self, blocks: Sequence[jax.Array]) -> jax.Array:
+        """Undoes `split`."""
+        if [axes.shape for axes in self.blocks] == [self.shape]:
+            return blocks[0]
+        shapes = itertools.product(*self.cuts)
+        pieces = [block.reshape(shape) for block, shape in zip(blocks, shapes, strict=True)]
+        for axis, sizes in reversed(list(enumerate(self.cuts))):
+            count = len(sizes)
+            if count > 1:
+                starts = range(0, len(pieces), count)
+                pieces = [jnp.concatenate(pieces[s : s + count], axis) for s in starts]
+        return pieces[0]
 
 
 def check_layout(layout: str | None) -> None:
     """Checks what can be known about a layout before an array is seen.
 
     Args:
-        layout: One letter of `i`, `o`, `s`, `b` per axis, or None for the default.
+        layout: One letter of `i`, `o`, `s`, `b` per axis, `i` and `o` with their parts in brackets
+            where there are several; or None for the default.
 
     Raises:
         TypeError: If `layout` is neither None nor a string.
-        ValueError: If it holds another letter, or no `o`.
+        ValueError: If it holds another letter, malformed parts, or no `o`.
     """
-    if layout is None:
-        return
+    if layout is not None:
+        _terms(layout)
+
+
+@functools.cache
+def _terms(layout: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Reads `"io[3]"` as `(("i", ()), ("o", (3,)))`."""
     if not isinstance(layout, str):
         raise TypeError(f"a layout is a string such as 'io', or None; got {layout!r}")
-    for letter in layout:
-        if letter not in _LETTERS:
-            meanings = ", ".join(f"'{key}' ({value})" for key, value in _LETTERS.items())
+    terms, end = [], 0
+    for match in _TERM.finditer(layout):
+        if match.start() != end:
+            break
+        end = match.end()
+        letter, parts = match.groups()
+        if letter not in _ROLES:
+            meanings = ", ".join(f"'{key}' ({value})" for key, value in _ROLES.items())
             raise ValueError(f"layout {layout!r} holds the letter {letter!r}; use {meanings}")
-    if "o" not in layout:
+        sizes = () if parts is None else tuple(part.strip() for part in parts.split(","))
+        if not all(size.isdecimal() and int(size) for size in sizes) or (sizes and letter in "sb"):
+            raise ValueError(
+                f"layout {layout!r}: 'i' and 'o' may be followed by a number of equal parts or by "
+                f"the sizes of unequal ones, as in 'io[3]' or 'io[768,256,256]'; got "
+                f"'{match.group()}'"
+            )
+        terms.append((letter, tuple(int(size) for size in sizes)))
+    if end != len(layout):
+        raise ValueError(
+            f"layout {layout!r} cannot be read from {layout[end:]!r} on; write one letter of 'i', "
+            "'o', 's', 'b' per axis, as in 'io', 'ssio' or 'io[3]'"
+        )
+    if not any(letter == "o" for letter, _ in terms):
         raise ValueError(f"layout {layout!r} has no output axis; mark at least one axis with 'o'")
+    return tuple(terms)
 
 
-def parse_layout(layout: str | None, shape: tuple[int, ...], path: str = "") -> Axes:
+def parse_layout(
+    layout: str | None,
+    shape: tuple[int, ...],
+    name: str = "",
+    defaults: Mapping[int, str] = DEFAULTS,
+) -> Layout:
     """Reads a layout against the shape of an array.
 
-    Without a layout the array's rank decides, in Flax's order: rank 0 and 1 `o`, 2 `io`, 4 `ssio`,
-    5 `sssio`. A scalar counts as one output.
-
     Args:
-        layout: One letter of `i`, `o`, `s`, `b` per axis, or None for the default of the rank.
+        layout: As in `check_layout`; None for the default of the rank, `o` for 0 and 1 and `io`
+            for 2. A scalar counts as one output.
         shape: Shape of the array.
-        path: Where the array stands in its tree, for error messages.
+        name: What to call the array in error messages, such as `"leaf 'head/kernel'"`.
+        defaults: The layout of each rank that has one.
 
     Returns:
-        The array's axes by role.
+        The array's blocks and their axes.
 
     Raises:
         TypeError: If `layout` is neither None nor a string.
-        ValueError: If the layout holds an unknown letter or no `o`, if its length differs from
-            the rank, or if it is None and the rank has no default (rank 3 is ambiguous).
+        ValueError: If the layout is malformed, does not fit the shape, or is None and the rank has
+            no default.
 
     Example:
-        >>> axes = parse_layout("ssio", (3, 3, 16, 32))
+        >>> (axes,) = parse_layout("ssio", (3, 3, 16, 32)).blocks
         >>> axes.d_out, axes.d_in, axes.window_size
         (32, 16, 9)
+        >>> query, key_and_value = parse_layout("io[64,16,16]", (64, 96)).blocks[:2]
+        >>> query.d_out, key_and_value.d_out
+        (64, 16)
     """
-    check_layout(layout)
-    rank = len(shape)
-    array = f"leaf '{path}' of shape {shape}" if path else f"an array of shape {shape}"
+    array = f"{name or 'an array'} of shape {tuple(shape)}"
     if layout is None:
-        if rank == 3:
-            raise ValueError(
-                f"{array} has rank 3, which is ambiguous; give its norm a layout: 'sio' (Conv1d "
-                "kernel), 'ioo' or 'iio' (attention projection), or 'bio' (stacked matrices)"
-            )
-        if rank not in _DEFAULTS:
-            raise ValueError(
-                f"{array} has rank {rank}, which has no default layout; give its norm a layout of "
-                f"{rank} letters of 'i', 'o', 's' and 'b'"
-            )
-        layout = _DEFAULTS[rank]
-    if rank == 0 and layout == "o":
-        return Axes((), (), (), (), ())
-    if len(layout) != rank:
+        if len(shape) not in defaults:
+            raise ValueError(f"{array} has no default layout; {candidates(len(shape))}")
+        layout = defaults[len(shape)]
+    terms = _terms(layout)
+    if not shape and layout == "o":
+        return Layout("o", (), (), (Axes((), (), (), (), ()),))
+    if len(terms) != len(shape):
         raise ValueError(
-            f"layout {layout!r} has {len(layout)} letters, but {array} has rank {rank}; give one "
-            "letter per axis"
+            f"layout {layout!r} has {len(terms)} letters, but {array} has rank {len(shape)}; give "
+            "one letter per axis"
         )
+    cuts, repeats = [], []
+    for axis, ((letter, parts), size) in enumerate(zip(terms, shape, strict=True)):
+        count = parts[0] if len(parts) == 1 else len(parts)
+        equal = len(set(parts)) <= 1
+        if len(parts) > 1 and sum(parts) != size:
+            raise ValueError(
+                f"layout {layout!r}: the parts {list(parts)} of axis {axis} ('{letter}') add up to "
+                f"{sum(parts)}, but {array} has {size} there"
+            )
+        if count and size % count and equal:
+            raise ValueError(
+                f"layout {layout!r}: axis {axis} ('{letter}') of {array} has {size} entries, which "
+                f"cannot be {count} equal parts"
+            )
+        cuts.append((size,) if equal else parts)
+        repeats.append(count if equal and count > 1 else 1)
+    letters = [letter for letter, _ in terms]
+    blocks = tuple(_axes(letters, sizes, repeats) for sizes in itertools.product(*cuts))
+    return Layout(layout, tuple(shape), tuple(cuts), blocks)
+
+
+def _axes(letters: Sequence[str], sizes: Sequence[int], repeats: Sequence[int]) -> Axes:
+    """Finds the axes of a block, with a batch axis in front of each that has equal parts."""
+    roles, shape = "", []
+    for letter, size, repeat in zip(letters, sizes, repeats, strict=True):
+        roles += "b" * (repeat > 1) + letter
+        shape += [repeat] * (repeat > 1) + [size // repeat]
     batch, output, inputs, window = (
-        tuple(axis for axis, letter in enumerate(layout) if letter == role) for role in "bois"
+        tuple(axis for axis, role in enumerate(roles) if role == wanted) for wanted in "bois"
     )
     return Axes(tuple(shape), batch, output, inputs, window)
+
+
+_MATRICES = {
+    2: "'io' (Dense), 'oi' (PyTorch, Equinox)",
+    3: "'sio' (Conv1d kernel), 'ioo' (attention q, k, v), 'iio' (attention output), 'oio' "
+    "(projections of one head each), 'bio' (stacked layers, experts)",
+    4: "'ssio' (Conv2d kernel), 'bioo' or 'biio' (stacked attention), 'boio' (heads apart), "
+    "'bbio' (stacked experts), 'bsio' (stacked Conv1d), 'oiss' (PyTorch, Equinox)",
+    5: "'sssio' (Conv3d kernel), 'bssio' (stacked Conv2d), 'bbioo' or 'bbiio' (attention in two "
+    "stacks)",
+}
+_VECTORS = {
+    2: "'oo' (one bias of several axes, as attention's), 'bo' (stacked biases or gains)",
+    3: "'boo' (stacked biases of two axes), 'bbo' (biases in two stacks), 'ooo' (one bias)",
+}
+
+
+def candidates(rank: int, vector: bool = False) -> str:
+    """Says what an array of a rank could be.
+
+    Args:
+        rank: Number of axes.
+        vector: Whether its name is that of a bias or a gain.
+
+    Returns:
+        The end of a sentence.
+    """
+    known = (_VECTORS if vector else _MATRICES).get(rank)
+    could = f"it could be {known}" if known else f"use {rank} letters of 'i', 'o', 's' and 'b'"
+    return f"{could}; give its norm the layout"

@@ -7,7 +7,7 @@ import math
 
 import jax
 
-from scion_jax import numerics
+from scion_jax import hyperparameters, numerics
 from scion_jax.norms.base import Norm
 from scion_jax.norms.layout import Axes
 
@@ -37,20 +37,29 @@ class ColNorm(Norm):
 
     normalized: bool = False
 
-    def _unit_radius(self, axes: Axes) -> float:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        hyperparameters.check_flag("ColNorm: normalized", self.normalized)
+
+    def unit_radius(self, axes: Axes) -> float:
+        """Computes a column's length that counts as 1."""
         return math.sqrt(axes.d_out) / (max(axes.fan_in, 1) if self.normalized else 1)
 
     def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Normalizes every column."""
-        return self._unit_radius(axes) * numerics.normalize(d, axes.output)
+        return self.unit_radius(axes) * numerics.normalize(d, axes.output)
 
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Computes every column's norm, over `√d_out`."""
-        return numerics.vector_norm(x, axes.output) / self._unit_radius(axes)
+        return numerics.vector_norm(x, axes.output) / self.unit_radius(axes)
 
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes every column's norm, times `√d_out`."""
-        return numerics.vector_norm(d, axes.output) * self._unit_radius(axes)
+        return numerics.vector_norm(d, axes.output) * self.unit_radius(axes)
+
+    def unit_step_rms(self, axes: Axes) -> float:
+        """Computes a column's length over `√d_out`."""
+        return self.unit_radius(axes) / math.sqrt(max(axes.d_out, 1))
 
     def unit_init(self, key: jax.Array, axes: Axes) -> jax.Array:
         """Draws Gaussian columns and normalizes them."""
@@ -81,20 +90,29 @@ class RowNorm(Norm):
 
     normalized: bool = True
 
-    def _unit_radius(self, axes: Axes) -> float:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        hyperparameters.check_flag("RowNorm: normalized", self.normalized)
+
+    def unit_radius(self, axes: Axes) -> float:
+        """Computes a row's length that counts as 1."""
         return 1 / math.sqrt(max(axes.fan_in, 1)) if self.normalized else 1.0
 
     def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Normalizes every row."""
-        return self._unit_radius(axes) * numerics.normalize(d, axes.columns)
+        return self.unit_radius(axes) * numerics.normalize(d, axes.columns)
 
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Computes every row's norm, times `√(k·d_in)`."""
-        return numerics.vector_norm(x, axes.columns) / self._unit_radius(axes)
+        return numerics.vector_norm(x, axes.columns) / self.unit_radius(axes)
 
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes every row's norm, over `√(k·d_in)`."""
-        return numerics.vector_norm(d, axes.columns) * self._unit_radius(axes)
+        return numerics.vector_norm(d, axes.columns) * self.unit_radius(axes)
+
+    def unit_step_rms(self, axes: Axes) -> float:
+        """Computes a row's length over `√(k·d_in)`."""
+        return self.unit_radius(axes) / math.sqrt(max(axes.fan_in, 1))
 
     def unit_init(self, key: jax.Array, axes: Axes) -> jax.Array:
         """Draws Gaussian rows and normalizes them."""

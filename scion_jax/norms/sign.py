@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from scion_jax import hyperparameters
 from scion_jax.norms.base import Norm
 from scion_jax.norms.layout import Axes
 
@@ -37,25 +38,35 @@ class Sign(Norm):
     normalized: bool = True
     zero_init: bool = False
 
-    def _unit_radius(self, axes: Axes) -> float:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        hyperparameters.check_flag("Sign: normalized", self.normalized)
+        hyperparameters.check_flag("Sign: zero_init", self.zero_init)
+
+    def unit_radius(self, axes: Axes) -> float:
+        """Computes the largest entry that counts as 1."""
         return 1 / max(axes.fan_in, 1) if self.normalized else 1.0
 
     def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes `sign(d) / (k·d_in)`."""
         # sign(±inf) would be a plausible ±1; an overflow is to stay visible.
         signs = jnp.where(jnp.isfinite(d), jnp.sign(d), jnp.nan)
-        return self._unit_radius(axes) * signs
+        return self.unit_radius(axes) * signs
 
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Computes `k·d_in · |x|`."""
-        return jnp.abs(x) / self._unit_radius(axes)
+        return jnp.abs(x) / self.unit_radius(axes)
 
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes `|d| / (k·d_in)`."""
-        return jnp.abs(d) * self._unit_radius(axes)
+        return jnp.abs(d) * self.unit_radius(axes)
+
+    def unit_step_rms(self, axes: Axes) -> float:
+        """Computes `1 / (k·d_in)`: all entries are of that size."""
+        return self.unit_radius(axes)
 
     def unit_init(self, key: jax.Array, axes: Axes) -> jax.Array:
         """Draws random signs over `k·d_in`, or zeros."""
         if self.zero_init:
             return jnp.zeros(axes.shape)
-        return self._unit_radius(axes) * jax.random.rademacher(key, axes.shape, float)
+        return self.unit_radius(axes) * jax.random.rademacher(key, axes.shape, float)

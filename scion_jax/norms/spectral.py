@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from scion_jax import numerics
+from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
-from scion_jax.distributed.bucketing import measure_stacks
-from scion_jax.distributed.spreading import Compute, spread
+from scion_jax.distributed.spreading import polar_factors
 from scion_jax.norms.base import Norm
-from scion_jax.norms.layout import Axes
-from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer, orthogonalize_stacks
-from scion_jax.polar.spectral_bound import spectral_norm_bound
-from scion_jax.polar.stack import Stack
+from scion_jax.norms.layout import Axes, Layout
+from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,63 +48,53 @@ class Spectral(Norm):
     max: bool = False
     orthogonalizer: Orthogonalizer = NewtonSchulz()
 
-    def _unit_radius(self, axes: Axes) -> float:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        hyperparameters.check_flag(f"{name}: normalized", self.normalized)
+        hyperparameters.check_flag(f"{name}: max", self.max)
+        check_orthogonalizer(name, self.orthogonalizer)
+
+    def unit_radius(self, axes: Axes) -> float:
+        """Computes `c`, the spectral norm that counts as 1."""
         root = math.sqrt(axes.d_out / (max(axes.d_in, 1) if self.normalized else 1))
         return (max(1.0, root) if self.max else root) / max(axes.window_size, 1)
 
     def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes `c · U Vᵀ`."""
-        return self.unit_lmo_leaves([d], [axes])[0]
+        (polar,) = polar_factors([axes.to_matrices(d)], self.orthogonalizer)
+        return self.from_polar(polar, axes)
 
-    def unit_lmo_leaves(
-        self, ds: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
-    ) -> list[jax.Array]:
-        """Computes `c · U Vᵀ`, one iteration for all matrices of one shape."""
-
-        def polar(stacks: list[jax.Array], kinds: list[Axes]) -> list[jax.Array]:
-            views = _views(stacks, kinds)
-            polars = orthogonalize_stacks(_matrices(stacks, views), self.orthogonalizer)
-            return [view.from_matrices(p) for p, view in zip(polars, views, strict=True)]
-
-        dtype = functools.reduce(numerics.widest, (d.dtype for d in ds), jnp.float32)
-        travel = self.orthogonalizer.travel_dtype(dtype)
-        return [
-            self._unit_radius(a) * a.from_entries(polar)
-            for polar, a in zip(_spread(polar, ds, axes, shard_over, travel), axes, strict=True)
-        ]
+    def from_polar(self, polar: jax.Array, axes: Axes) -> jax.Array:
+        """Makes the unit LMO of a block from the polar factors of its matrices."""
+        return self.unit_radius(axes) * axes.from_matrices(numerics.at_least_float32(polar))
 
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Computes the singular values, divided by `c`."""
-        return _singular_values(x, axes) / self._unit_radius(axes)
-
-    def unit_gauge_bounds(
-        self, xs: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
-    ) -> list[jax.Array]:
-        """Bounds the largest singular values, those of one shape together, and divides by `c`."""
-
-        def bound(stacks: list[jax.Array], kinds: list[Axes]) -> list[jax.Array]:
-            return measure_stacks(_bounds, _matrices(stacks, _views(stacks, kinds)))
-
-        return [
-            bound / self._unit_radius(a)
-            for bound, a in zip(_spread(bound, xs, axes, shard_over), axes, strict=True)
-        ]
+        return _singular_values(x, axes) / self.unit_radius(axes)
 
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes the singular values, multiplied by `c`."""
-        return _singular_values(d, axes) * self._unit_radius(axes)
+        return _singular_values(d, axes) * self.unit_radius(axes)
+
+    def unit_step_rms(self, axes: Axes) -> float:
+        """Computes `c / √(larger side)`."""
+        return self.unit_radius(axes) / math.sqrt(max(axes.d_out, axes.fan_in, 1))
 
     def unit_init(self, key: jax.Array, axes: Axes) -> jax.Array:
         """Draws semi-orthogonal matrices, uniformly, times `c`."""
-        batch = math.prod(axes.shape[axis] for axis in axes.batch)
         columns, rows = sorted((axes.d_out, axes.fan_in))
-        if not batch * rows * columns:
+        if not axes.count * rows * columns:
             return jnp.zeros(axes.shape)
-        q, r = jnp.linalg.qr(jax.random.normal(key, (batch, rows, columns)))
+        # Tall ones, which are semi-orthogonal by their columns; from_matrices wants them as stored.
+        shape = jax.eval_shape(
+            axes.to_matrices, jax.ShapeDtypeStruct(axes.shape, jnp.float32)
+        ).shape
+        q, r = jnp.linalg.qr(jax.random.normal(key, (axes.count, rows, columns)))
         # The sign of R's diagonal is the library's choice; fixing it makes Q uniform.
         q = q * jnp.where(jnp.diagonal(r, axis1=1, axis2=2) < 0, -1, 1).astype(q.dtype)[:, None, :]
-        q = q if axes.d_out == rows else q.mT
-        return self._unit_radius(axes) * axes.from_matrices(q)
+        q = q if shape[1] == rows else q.mT
+        return self.unit_radius(axes) * axes.from_matrices(q)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +102,8 @@ class SpectralConv(Spectral):
     """`Spectral` for convolution kernels only: a leaf without a window is an error.
 
     The formula is that of `Spectral`, which counts the window `k` wherever a layout marks one; the
-    name carries over from the PyTorch reference and states the intent.
+    name carries over from the PyTorch reference and states the intent. Without a layout, rank 3 is
+    `sio`, rank 4 `ssio` and rank 5 `sssio`, as Flax stores kernels.
 
         lmo(d) = radius · √(d_out/d_in) / k · U Vᵀ    on the flattened window
 
@@ -136,45 +123,27 @@ class SpectralConv(Spectral):
     Source: [S] Pethick et al., arXiv:2502.07529, App. E.
     """
 
-    def axes(self, shape: tuple[int, ...], path: str = "") -> Axes:
+    default_layouts: ClassVar[Mapping[int, str]] = {3: "sio", 4: "ssio", 5: "sssio"}
+
+    def read(self, shape: tuple[int, ...], name: str = "") -> Layout:
         """Reads the layout; raises `ValueError` if it marks no window."""
-        axes = super().axes(shape, path)
-        if not axes.window:
-            name = f"leaf '{path}' of shape {shape}" if path else f"an array of shape {shape}"
+        known = self.layout is not None or len(shape) in self.default_layouts
+        layout = super().read(shape, name) if known else None
+        if layout is None or not any(axes.window for axes in layout.blocks):
             raise ValueError(
-                f"SpectralConv: {name} has no window axis 's'; use Spectral, or give a layout "
-                "such as 'sio' (Conv1d) or 'oiss' (PyTorch Conv2d)"
+                f"SpectralConv: {name or 'an array'} of shape {tuple(shape)} has no window axis "
+                "'s'; use Spectral, or give a layout such as 'sio' (Conv1d) or 'oiss' (PyTorch "
+                "Conv2d)"
             )
-        return axes
+        return layout
 
 
-def _spread(
-    compute: Compute,
-    arrays: Sequence[jax.Array],
-    axes: Sequence[Axes],
-    shard_over: tuple[str, ...],
-    travel_dtype: DTypeLike | None = None,
-) -> list[jax.Array]:
-    entries = [a.to_entries(array) for array, a in zip(arrays, axes, strict=True)]
-    return spread(compute, entries, [a.single for a in axes], shard_over, travel_dtype)
-
-
-def _views(stacks: Sequence[jax.Array], kinds: Sequence[Axes]) -> list[Axes]:
-    """Finds the axes of stacks, so that their matrices are viewed as they are stored.
-
-    A polar factor is transposed with its matrix, so `W` and `Wᵀ` serve equally.
-    """
-    return [kind.stored.batched(s.shape[0]) for s, kind in zip(stacks, kinds, strict=True)]
-
-
-def _matrices(stacks: Sequence[jax.Array], views: Sequence[Axes]) -> list[jax.Array]:
-    return [view.to_matrices(stack) for stack, view in zip(stacks, views, strict=True)]
-
-
-def _bounds(stack: Stack) -> jax.Array:
-    if not stack.small:
-        return jnp.zeros(sum(stack.sizes), stack.dtype)
-    return spectral_norm_bound(stack)
+def check_orthogonalizer(name: str, orthogonalizer: object) -> None:
+    """Raises `TypeError` unless it is an orthogonalizer."""
+    if not isinstance(orthogonalizer, Orthogonalizer):
+        raise TypeError(
+            f"{name}: orthogonalizer is NewtonSchulz(…) or ExactPolar(); got {orthogonalizer!r}"
+        )
 
 
 def _singular_values(array: jax.Array, axes: Axes) -> jax.Array:

@@ -8,9 +8,10 @@ from typing import Any
 import optax
 from jax.typing import DTypeLike
 
-from scion_jax.labels import Norms
+from scion_jax.hyperparameters import check_learning_rate
 from scion_jax.norms import Auto
-from scion_jax.transforms import average_gradients, descend, scale_by_lmos
+from scion_jax.resolution import Norms
+from scion_jax.transforms import average_gradients, checked, descend, scale_by_lmos
 
 
 def almond(
@@ -37,17 +38,15 @@ def almond(
         param_labels: Labels of the parameters, as in `scion`; None with a single norm.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
-        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
-            on an Explicit mesh.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
         A transformation; `update` does not need `params`.
 
     Raises:
         TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, a constant `momentum` is not in
-            (0, 1], or a leaf does not fit its norm's layout.
+        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], or a
+            leaf does not fit its norm's layout.
 
     Example:
         >>> import jax.numpy as jnp, scion_jax
@@ -58,10 +57,11 @@ def almond(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 4.
     """
-    return optax.with_extra_args_support(
-        optax.chain(
-            scale_by_lmos(norms, param_labels, shard_over),
-            average_gradients(momentum, momentum_dtype),
-            descend(learning_rate),
-        )
+    check_learning_rate(learning_rate)
+    return checked(
+        norms,
+        param_labels,
+        scale_by_lmos(norms, param_labels, shard_over),
+        average_gradients(momentum, momentum_dtype),
+        descend(learning_rate),
     )

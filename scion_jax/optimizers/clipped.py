@@ -13,10 +13,18 @@ from jax.typing import DTypeLike
 from scion_jax.clipping import clip_by_pairing
 from scion_jax.distributed.sharding import across_devices
 from scion_jax.distributed.spreading import check_names
-from scion_jax.labels import Norms, norms_of
-from scion_jax.norms import Auto, Norm
+from scion_jax.hyperparameters import check_flag, check_learning_rate
+from scion_jax.norms import Auto
+from scion_jax.norms.leaves import gauge_bounds
 from scion_jax.numerics import widest
-from scion_jax.transforms import average_gradients, descend, scale_by_lmos
+from scion_jax.resolution import Norms, resolve
+from scion_jax.transforms import (
+    average_gradients,
+    checked,
+    decay_weights,
+    descend,
+    scale_by_lmos,
+)
 
 
 def unconstrained_clipped_scion(
@@ -47,9 +55,7 @@ def unconstrained_clipped_scion(
             the `pairing` that the state keeps.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
-        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
-            on an Explicit mesh.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
         A transformation; `update` does not need `params`. The state holds a `ClipByPairingState`:
@@ -57,8 +63,8 @@ def unconstrained_clipped_scion(
 
     Raises:
         TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, a constant `momentum` is not in
-            (0, 1], a constant `rho` is not positive, or a leaf does not fit its norm's layout.
+        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
+            constant `rho` is not positive, or a leaf does not fit its norm's layout.
 
     Example:
         >>> import jax.numpy as jnp, optax, scion_jax
@@ -71,12 +77,13 @@ def unconstrained_clipped_scion(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Alg. 1 (GGNC) and 3.
     """
-    return optax.with_extra_args_support(
-        optax.chain(
-            average_gradients(momentum, momentum_dtype),
-            clip_by_pairing(scale_by_lmos(norms, param_labels, shard_over), rho),
-            descend(learning_rate),
-        )
+    check_learning_rate(learning_rate)
+    return checked(
+        norms,
+        param_labels,
+        average_gradients(momentum, momentum_dtype),
+        clip_by_pairing(scale_by_lmos(norms, param_labels, shard_over), rho),
+        descend(learning_rate),
     )
 
 
@@ -102,7 +109,8 @@ def clipped_scion(
     settle where `scion` with a constant learning rate would keep jumping. Variant 2 bounds `‖w‖` by
     the diameter of the ball; the paper's factor 4 is absorbed in ρ. Variant 1 asks for `‖w‖`
     itself, for `Spectral` by a bound from matrix products that is up to 3 % high at 2,048 rows and
-    not low (see `scion_jax.polar.spectral_bound`), so the step is a little shorter than the exact one.
+    not low (see `scion_jax.polar.spectral_bound`), so the step is a little shorter than the exact
+    one.
 
     Parameters outside their balls: see `clip_by_pairing`; start with `init_params`. Sign
     convention: `lmo` is the maximizer of `⟨d, ·⟩`, the negative of the paper's.
@@ -118,9 +126,7 @@ def clipped_scion(
         short_step: Use variant 1.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
-        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
-            on an Explicit mesh.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
         A transformation; `update` needs `params`. The state holds a `ClipByPairingState`:
@@ -128,9 +134,9 @@ def clipped_scion(
 
     Raises:
         TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, a constant `momentum` is not in
-            (0, 1], a constant `rho` is not positive, a leaf does not fit its norm's layout, or
-            `params` is missing (at `update`).
+        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
+            constant `rho` is not positive, a leaf does not fit its norm's layout, or `params` is
+            missing (at `update`).
 
     Example:
         >>> import jax.numpy as jnp, scion_jax
@@ -141,36 +147,32 @@ def clipped_scion(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Alg. 2 and 4 (variants 2 and 1), App. C.
     """
+    check_learning_rate(learning_rate, at_most=1)
+    check_flag("short_step", short_step)
     directions = optax.chain(
-        scale_by_lmos(norms, param_labels, shard_over), optax.add_decayed_weights(1.0)
+        scale_by_lmos(norms, param_labels, shard_over), decay_weights(1.0, norms, param_labels)
     )
-    squared_norm = (
-        _squared_norm(norms, param_labels, check_names(shard_over)) if short_step else None
-    )
-    return optax.with_extra_args_support(
-        optax.chain(
-            average_gradients(momentum, momentum_dtype),
-            clip_by_pairing(directions, rho, squared_norm),
-            descend(learning_rate),
-        )
+    names = check_names(shard_over)
+    squared_norm = _squared_norm(norms, param_labels, names) if short_step else None
+    return checked(
+        norms,
+        param_labels,
+        average_gradients(momentum, momentum_dtype),
+        clip_by_pairing(directions, rho, squared_norm),
+        descend(learning_rate),
     )
 
 
 def _squared_norm(
-    norms: Norms, param_labels: Any, names: tuple[str, ...]
+    norms: Norms, param_labels: Any, names: tuple[str, ...] | None
 ) -> Callable[[Any], jax.Array]:
     """Makes the function `w ↦ max_l ‖w_l‖_l² / r_l²`, from above."""
 
     def squared_norm(directions: Any) -> jax.Array:
-        members: dict[int, tuple[Norm, list[jax.Array]]] = {}
-        leaf_norms = jax.tree.leaves(norms_of(directions, norms, param_labels))
-        for norm, w in zip(leaf_norms, jax.tree.leaves(directions), strict=True):
-            members.setdefault(id(norm), (norm, []))[1].append(w)  # a traced radius has no hash
-        bounds = [b for norm, ws in members.values() for b in norm.gauge_bounds(ws, names)]
+        leaves = resolve(directions, norms, param_labels)
+        bounds = gauge_bounds(leaves, jax.tree.leaves(directions), names)
         dtype = widest(jnp.float32, *(bound.dtype for bound in bounds))
-        largest = jnp.zeros([], dtype)
-        for bound in across_devices(jax.lax.pmax, [bound.astype(dtype) for bound in bounds]):
-            largest = jnp.maximum(largest, bound)
-        return largest * largest
+        bounds = across_devices(jax.lax.pmax, [bound.astype(dtype) for bound in bounds])
+        return jnp.max(jnp.stack([jnp.zeros([], dtype), *bounds])) ** 2
 
     return squared_norm

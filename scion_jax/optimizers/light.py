@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +12,18 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from scion_jax.distributed.sharding import zeros_like
-from scion_jax.labels import Norms
+from scion_jax.hyperparameters import (
+    check_flag,
+    check_learning_rate,
+    check_momentum,
+    check_number,
+    value_at,
+)
 from scion_jax.norms import Auto
 from scion_jax.numerics import is_number, widest
-from scion_jax.transforms import check_momentum, descend, remember, scale_by_lmos
+from scion_jax.resolution import Norms
+from scion_jax.transforms import checked, decay_weights, descend, remember, scale_by_lmos
+from scion_jax.trees import check_alike
 
 
 class ScionLightState(NamedTuple):
@@ -73,9 +82,7 @@ def scion_light(
         momentum_dtype: Dtype of the buffer `G`; None means the parameters'.
         unconstrained: Leave out the pull towards zero.
         every_k: Number of calls per step, at least 1.
-        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
-            on an Explicit mesh.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
         A transformation. `update` needs `params` unless `unconstrained`; the updates have the
@@ -83,9 +90,9 @@ def scion_light(
 
     Raises:
         TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, a constant `momentum` is not in
-            (0, 1], a constant `every_k` is not a whole number of at least 1, a leaf does not fit
-            its norm's layout, or `params` is missing (at `update`).
+        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
+            constant `every_k` is not a whole number of at least 1, a leaf does not fit its norm's
+            layout, or `params` is missing (at `update`).
 
     Example:
         >>> import jax.numpy as jnp, scion_jax
@@ -99,12 +106,18 @@ def scion_light(
 
     Source: [S] Pethick et al., arXiv:2502.07529, App. E.2.
     """
+    check_flag("unconstrained", unconstrained)
+    check_learning_rate(learning_rate, at_most=math.inf if unconstrained else 1)
     check_momentum(momentum, momentum_dtype)
-    if is_number(every_k) and not (every_k >= 1 and every_k == int(every_k)):
-        raise ValueError(f"every_k must be a whole number, at least 1; got {every_k}")
-    pull = optax.identity() if unconstrained else optax.add_decayed_weights(1.0)
+    check_number("every_k", every_k, at_least=1)
+    if is_number(every_k) and every_k != int(every_k):
+        raise ValueError(f"every_k must be a whole number; got {every_k}")
     take_step = optax.with_extra_args_support(
-        optax.chain(scale_by_lmos(norms, param_labels, shard_over), pull, descend(learning_rate))
+        optax.chain(
+            scale_by_lmos(norms, param_labels, shard_over),
+            decay_weights(0.0 if unconstrained else 1.0, norms, param_labels),
+            descend(learning_rate),
+        )
     )
 
     def init(params: Any) -> ScionLightState:
@@ -114,12 +127,13 @@ def scion_light(
         return ScionLightState(count, gathered, gradient_sum, take_step.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        check_alike(updates, state.gradient_sum, "the gradients", "the sum in the state")
         gradient_sum = jax.tree.map(_add, updates, state.gradient_sum)
 
         def step(gradient_sum: Any, state: Any, like: Any) -> tuple[Any, ScionLightState]:
             steps, inner = take_step.update(gradient_sum, state.inner_state, params, **extra_args)
             steps = jax.tree.map(lambda u, x: u.astype(x.dtype), steps, like)
-            alpha = momentum(state.count) if callable(momentum) else momentum
+            alpha = value_at(momentum, state.count)
             decayed = jax.tree.map(lambda g: remember(g, alpha), gradient_sum)
             count = jnp.asarray(optax.safe_increment(state.count))
             gathered = jnp.zeros_like(state.gathered)
@@ -137,7 +151,8 @@ def scion_light(
         due = state.gathered + 1 >= jnp.asarray(every_k, jnp.int32)
         return jax.lax.cond(due, step, wait, gradient_sum, state, like)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    light = optax.GradientTransformationExtraArgs(init, update)
+    return checked(norms, param_labels, light)
 
 
 def _add(g: jax.Array, total: jax.Array) -> jax.Array:

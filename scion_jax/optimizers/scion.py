@@ -8,9 +8,16 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from scion_jax.labels import Norms
+from scion_jax.hyperparameters import check_learning_rate
 from scion_jax.norms import Auto
-from scion_jax.transforms import average_gradients, decay_weights, descend, scale_by_lmos
+from scion_jax.resolution import Norms
+from scion_jax.transforms import (
+    average_gradients,
+    checked,
+    decay_weights,
+    descend,
+    scale_by_lmos,
+)
 
 
 def scion(
@@ -29,8 +36,9 @@ def scion(
         x ← (1 − γ) x − γ v
 
     A parameter that starts inside its ball (see `init_params`) stays there for γ ≤ 1, so the radius
-    is its own regularization. Sign convention: `lmo` is the maximizer of `⟨d, ·⟩`, the negative of
-    the paper's.
+    is its own regularization. A parameter whose norm says `constrained=False` moves by `−γ v` alone
+    (gains and biases, if you like). Sign convention: `lmo` is the maximizer of `⟨d, ·⟩`, the
+    negative of the paper's.
 
     Args:
         learning_rate: γ, in (0, 1]; a schedule receives the number of updates made.
@@ -39,18 +47,15 @@ def scion(
             (`label_by_path`), as in `optax.multi_transform`; None with a single norm.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
-        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
-            on an Explicit mesh.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
         A transformation. `update` needs `params`; the updates have the parameters' dtype.
 
     Raises:
         TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, a constant `momentum` is not in
-            (0, 1], a leaf does not fit its norm's layout (at `init`), or `params` is missing (at
-            `update`).
+        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a leaf
+            does not fit its norm's layout (at `init`), or `params` is missing (at `update`).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, scion_jax
@@ -64,13 +69,14 @@ def scion(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 2 (SCG) and 3.
     """
-    return optax.with_extra_args_support(
-        optax.chain(
-            average_gradients(momentum, momentum_dtype),
-            scale_by_lmos(norms, param_labels, shard_over),
-            optax.add_decayed_weights(1.0),
-            descend(learning_rate),
-        )
+    check_learning_rate(learning_rate, at_most=1)
+    return checked(
+        norms,
+        param_labels,
+        average_gradients(momentum, momentum_dtype),
+        scale_by_lmos(norms, param_labels, shard_over),
+        decay_weights(1.0, norms, param_labels),
+        descend(learning_rate),
     )
 
 
@@ -90,7 +96,8 @@ def unconstrained_scion(
         v = lmo(d)
         x ← x − γ (μ x + v)
 
-    Weight decay μ makes the ball of radius `radius/μ` the constraint set; μ = 1 is `scion`. Sign
+    Weight decay μ makes the ball of radius `radius/μ` the constraint set; μ = 1 is `scion`. It
+    leaves out parameters whose norm says `constrained=False`. Sign
     convention: `lmo` is the maximizer of `⟨d, ·⟩`, the negative of the paper's.
 
     Args:
@@ -101,9 +108,7 @@ def unconstrained_scion(
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         weight_decay: μ, at least 0.
-        shard_over: Names of the mesh axes over which stacks of matrices are spread, so that every
-            device orthogonalizes whole matrices of its own; see `scion_jax.distributed.spreading`. Not needed
-            on an Explicit mesh.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
         A transformation. `update` needs `params` unless `weight_decay` is a Python zero; the
@@ -111,9 +116,9 @@ def unconstrained_scion(
 
     Raises:
         TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, a constant `momentum` is not in
-            (0, 1], a leaf does not fit its norm's layout (at `init`), or `params` is missing
-            although weights decay (at `update`).
+        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a leaf
+            does not fit its norm's layout (at `init`), or `params` is missing although weights
+            decay (at `update`).
 
     Example:
         >>> import jax.numpy as jnp, scion_jax
@@ -125,11 +130,12 @@ def unconstrained_scion(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 (uSCG) and 3; Sec. 3 for weight decay.
     """
-    return optax.with_extra_args_support(
-        optax.chain(
-            average_gradients(momentum, momentum_dtype),
-            scale_by_lmos(norms, param_labels, shard_over),
-            decay_weights(weight_decay),
-            descend(learning_rate),
-        )
+    check_learning_rate(learning_rate)
+    return checked(
+        norms,
+        param_labels,
+        average_gradients(momentum, momentum_dtype),
+        scale_by_lmos(norms, param_labels, shard_over),
+        decay_weights(weight_decay, norms, param_labels),
+        descend(learning_rate),
     )

@@ -1,0 +1,159 @@
+"""Checks of hyperparameters, when an optimizer or a norm is built.
+
+Only what is there to be seen is looked at: plain numbers and concrete arrays. Traced values pass
+(`optax.inject_hyperparams`, `jax.vmap` over radii). A schedule is asked for its shape, and for its
+value at the first update, since the mistakes that happen (None, a vector, 0.95 for 0.05) show
+there.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from scion_jax.numerics import is_number
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Checks that an argument is one number in a range.
+
+    Args:
+        name: What the argument is called.
+        value: What was given.
+        above: What it must be above.
+        at_least: What it must not be below.
+        below: What it must be below.
+        at_most: What it must not be above.
+
+    Raises:
+        TypeError: If it is neither a number nor an array of numbers.
+        ValueError: If it has a shape, is NaN, or lies outside of the range.
+    """
+    if not is_number(value):
+        if not isinstance(value, jax.Array | np.ndarray | np.generic):
+            raise TypeError(f"{name} must be a number; got {value!r}")
+        if not jnp.issubdtype(value.dtype, jnp.number):
+            raise TypeError(f"{name} must be a number; got an array of dtype {value.dtype}")
+        if value.shape:
+            raise ValueError(f"{name} must be one number; got an array of shape {value.shape}")
+        if isinstance(value, jax.core.Tracer):
+            return
+    number = float(value)
+    limits = (
+        (above, "above", operator.gt),
+        (at_least, "at least", operator.ge),
+        (below, "below", operator.lt),
+        (at_most, "at most", operator.le),
+    )
+    stated = [(limit, word, holds) for limit, word, holds in limits if limit is not None]
+    if not all(holds(number, limit) for limit, _, holds in stated):
+        wanted = [f"{w} {x:g}" if math.isfinite(x) else "finite" for x, w, _ in stated]
+        raise ValueError(f"{name} must be {' and '.join(wanted)}; got {value}")
+
+
+def check_schedule(name: str, value: object, **limits: float) -> None:
+    """Checks that an argument is a number in a range, or a schedule of such numbers.
+
+    Args:
+        name: What the argument is called.
+        value: A number, or a function of the number of updates made.
+        **limits: As in `check_number`.
+
+    Raises:
+        TypeError: If it is neither, or if the function does not take a count or return a number.
+        ValueError: If the number, or the function's at the first update, has a shape or lies
+            outside of the range.
+    """
+    if not callable(value):
+        check_number(name, value, **limits)
+        return
+    try:
+        with jax.ensure_compile_time_eval():
+            first = value(jnp.zeros([], jnp.int32))
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is a number or a schedule, a function of the number of updates made; calling "
+            f"{_name_of(value)} with a count failed ({error})"
+        ) from error
+    check_number(f"{name}, a schedule, at the first update", first, **limits)
+
+
+def check_learning_rate(learning_rate: object, at_most: float = math.inf) -> None:
+    """Checks γ.
+
+    Args:
+        learning_rate: A number or a schedule.
+        at_most: 1 for constrained steps, which go at most all the way to the extreme point.
+
+    Raises:
+        TypeError: If it is neither a number nor a schedule of numbers.
+        ValueError: If it is negative or too large.
+    """
+    check_schedule("learning_rate", learning_rate, at_least=0, at_most=at_most)
+
+
+def check_momentum(momentum: object, dtype: DTypeLike | None) -> None:
+    """Checks α and the dtype of its buffer.
+
+    Args:
+        momentum: A number or a schedule.
+        dtype: Dtype of the buffer, or None.
+
+    Raises:
+        TypeError: If `momentum` is neither, or `dtype` is not floating.
+        ValueError: If `momentum` is not in (0, 1].
+    """
+    check_schedule("momentum (1 minus the usual momentum)", momentum, above=0, at_most=1)
+    check_dtype("momentum_dtype", dtype)
+
+
+def check_dtype(name: str, dtype: DTypeLike | None) -> None:
+    """Checks that a dtype is floating, or None.
+
+    Args:
+        name: What the argument is called.
+        dtype: What was given.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if dtype is None:
+        return
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError as error:
+        raise TypeError(f"{name} is a dtype such as jnp.bfloat16; got {dtype!r}") from error
+    if not floating:
+        raise TypeError(f"{name} must be a floating dtype; got {jnp.dtype(dtype)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises `TypeError` unless it is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is True or False; got {value!r}")
+
+
+def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+    """Evaluates a number or a schedule at the number of updates made."""
+    return value(count) if callable(value) else value
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", repr(function))
