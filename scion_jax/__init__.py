@@ -10,6 +10,7 @@ from scion_jax.activations import scaled_gelu as scaled_gelu
 from scion_jax.activations import scaled_relu as scaled_relu
 from scion_jax.activations import scaled_relu_squared as scaled_relu_squared
 from scion_jax.clipping import clip_by_pairing as clip_by_pairing
+from scion_jax.description import describe as describe
 from scion_jax.diagnostics import dual_norm as dual_norm
 from scion_jax.diagnostics import frank_wolfe_gap as frank_wolfe_gap
 from scion_jax.diagnostics import gauges as gauges

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,12 @@ def check_momentum(momentum: object, dtype: DTypeLike | None) -> None:
     """
     check_schedule("momentum (1 minus the usual momentum)", momentum, above=0, at_most=1)
     check_dtype("momentum_dtype", dtype)
+    if is_number(momentum) and 0.8 <= momentum < 1:
+        warnings.warn(
+            f"momentum is 1 minus the usual momentum, and {momentum} forgets almost everything at "
+            f"every step; write {1 - momentum:.3g} for what others call {momentum}",
+            stacklevel=4,
+        )
 
 
 def check_dtype(name: str, dtype: DTypeLike | None) -> None:

@@ -14,7 +14,7 @@ from scion_jax import hyperparameters, resolution
 from scion_jax.distributed.sharding import zeros_like
 from scion_jax.distributed.spreading import check_names
 from scion_jax.norms import Norm
-from scion_jax.norms.leaves import lmos
+from scion_jax.norms.leaves import Leaf, lmos
 from scion_jax.numerics import is_number, widest
 from scion_jax.resolution import Norms
 from scion_jax.trees import check_alike, only_where
@@ -62,8 +62,8 @@ def average_gradients(
         dtype: Dtype of the stored average; None means the parameters'.
 
     Returns:
-        A transformation; its updates have the wider one of the gradients' dtype and `dtype`. The
-        average is taken in at least float32.
+        A transformation; its updates are of at least float32, in which the average is taken: the
+        smallest float16 gradients vanish when they are stored.
 
     Raises:
         TypeError: If `momentum` is neither a number nor a schedule, or `dtype` is not floating.
@@ -100,14 +100,8 @@ def average_gradients(
 
         average = jax.tree.map(blend, updates, state.average)
         stored = jax.tree.map(lambda new, d: new.astype(d.dtype), average, state.average)
-        emitted = jax.tree.map(
-            lambda new, g, d: new.astype(widest(g.dtype, d.dtype)),
-            average,
-            updates,
-            state.average,
-        )
         count = jnp.asarray(optax.safe_increment(state.count))
-        return emitted, AverageGradientsState(count, stored)
+        return average, AverageGradientsState(count, stored)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -169,12 +163,10 @@ def scale_by_lmos(
     names = check_names(shard_over)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
         leaves = resolution.resolve(updates, norms, param_labels)
         ds, structure = jax.tree.flatten(updates)
-        directions = jax.tree.unflatten(structure, lmos(leaves, ds, names))
-        if params is not None:
-            directions = jax.tree.map(lambda v, p: v.astype(p.dtype), directions, params)
-        return directions, state
+        return structure.unflatten(lmos(leaves, ds, names)), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 
@@ -209,9 +201,12 @@ def decay_weights(
             return optax.add_decayed_weights(1.0).update(updates, state, params)
         leaves = resolution.resolve(params, norms, param_labels)
 
-        def decayed(leaf: Any, u: jax.Array, x: jax.Array) -> jax.Array:
-            # In the parameter's dtype: a traced μ would promote it to its own.
-            return u + jnp.asarray(weight_decay, x.dtype) * x if leaf.norm.constrained else u
+        def decayed(leaf: Leaf, u: jax.Array, x: jax.Array) -> jax.Array:
+            if not leaf.norm.constrained:
+                return u
+            # Not in the dtype of a traced μ, to which Optax's own stage would promote.
+            dtype = widest(u.dtype, x.dtype)
+            return u.astype(dtype) + jnp.asarray(weight_decay, dtype) * x.astype(dtype)
 
         us, structure = jax.tree.flatten(updates)
         xs = structure.flatten_up_to(params)
@@ -221,7 +216,7 @@ def decay_weights(
 
 
 def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Multiplies updates by `−γ`, in the parameters' dtype if parameters are given.
+    """Multiplies updates by `−γ`.
 
     Optax's `scale_by_learning_rate`, always by way of a schedule: that path casts γ to the dtype
     of each leaf, where the constant path would promote the leaf to the dtype of a traced γ.
@@ -233,14 +228,7 @@ def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformati
         A transformation whose state counts the updates.
     """
     schedule = learning_rate if callable(learning_rate) else lambda count: learning_rate
-    scale = optax.scale_by_learning_rate(schedule)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is not None:
-            updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
-        return scale.update(updates, state, params)
-
-    return optax.GradientTransformation(scale.init, update)
+    return optax.scale_by_learning_rate(schedule)
 
 
 def checked(
@@ -256,7 +244,8 @@ def checked(
     Returns:
         `optax.chain(*stages)`, that names the leaf where parameters, gradients, norms and labels do
         not fit each other, warns of norms and rules that no leaf uses, and overlooks what `params`
-        holds where there is no gradient (an Equinox model's functions).
+        holds where there is no gradient (an Equinox model's functions). Its updates have the
+        parameters' dtype, or without parameters the gradients'.
     """
     chain = optax.with_extra_args_support(stages[0] if len(stages) == 1 else optax.chain(*stages))
 
@@ -269,6 +258,8 @@ def checked(
         if params is not None:
             params = only_where(updates, params)
             check_alike(updates, params, "the gradients", "the parameters")
-        return chain.update(updates, state, params, **extra_args)
+        steps, state = chain.update(updates, state, params, **extra_args)
+        like = updates if params is None else params
+        return jax.tree.map(lambda step, x: step.astype(x.dtype), steps, like), state
 
     return optax.GradientTransformationExtraArgs(init, update)

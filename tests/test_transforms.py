@@ -53,8 +53,7 @@ def test_momentum_schedule_starts_at_zero():
 def test_average_dtypes(grad_dtype, dtype):
     (output,), state = run(average_gradients(0.1, dtype), [jnp.ones(3, grad_dtype)])
     assert state.average.dtype == (dtype or grad_dtype)
-    wide = {grad_dtype, dtype or grad_dtype}
-    assert output.dtype == (wide.pop() if len(wide) == 1 else jnp.float32)
+    assert output.dtype == jnp.float32  # what is stored may vanish in float16, the step must not
 
 
 def test_average_is_taken_in_float32():

@@ -1,0 +1,129 @@
+"""A table that shows how every parameter was read, to look at before training."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import jax
+
+from scion_jax.norms import Auto
+from scion_jax.norms.layout import Axes
+from scion_jax.norms.leaves import Leaf
+from scion_jax.numerics import is_number
+from scion_jax.resolution import Norms, labelled_norms, resolve, unused
+
+
+class Row(NamedTuple):
+    """How one parameter was read.
+
+    Attributes:
+        path: Where it stands in its tree.
+        shape: Its shape.
+        label: Its label; None with a single norm.
+        norm: Name of its norm.
+        layout: Its layout.
+        matrices: What it holds, such as `"12 × (768 → 3072)"`: fan-in to fan-out.
+        radius: Radius of its ball.
+        step_rms: Root mean square of the entries of `lmo`, what a step of learning rate 1 changes;
+            NaN where the norm does not know it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    label: Hashable
+    norm: str
+    layout: str
+    matrices: str
+    radius: Any
+    step_rms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What `describe` returns; prints as a table.
+
+    Attributes:
+        rows: One for each parameter, in the tree's order.
+        unused: A sentence for each norm or rule that no parameter uses.
+    """
+
+    rows: tuple[Row, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        header = ("path", "shape", "label", "norm", "layout", "d_in → d_out", "radius", "step RMS")
+        lines = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        return "\n".join([texts[0], "─" * max(map(len, texts)), *texts[1:], *self.unused])
+
+    __repr__ = __str__
+
+
+def describe(params: Any, norms: Norms = Auto(), param_labels: Any = None) -> Description:
+    """Shows how every parameter is read: norm, layout, fan-in and fan-out, radius, step.
+
+    Args:
+        params: Parameters, or their `jax.ShapeDtypeStruct`s; nothing is computed.
+        norms: As given to the optimizer.
+        param_labels: As given to the optimizer.
+
+    Returns:
+        A table to print, whose rows can be read by programs as well.
+
+    Raises:
+        TypeError: If a leaf is not floating.
+        ValueError: If norms and labels do not fit the parameters; the message names the leaves.
+
+    Example:
+        >>> import jax.numpy as jnp, scion_jax
+        >>> params = {"bias": jnp.zeros(64), "kernel": jnp.zeros((16, 64))}
+        >>> describe(params, scion_jax.Auto(radius=2.0))
+        path    shape     label  norm      layout  d_in → d_out  radius  step RMS
+        ─────────────────────────────────────────────────────────────────────────
+        bias    (64,)            BiasRMS   o       64            1       1
+        kernel  (16, 64)         Spectral  io      16 → 64       2       0.5
+    """
+    leaves = resolve(params, norms, param_labels)
+    labels = [label for label, _ in labelled_norms(params, norms, param_labels)]
+    rows = [_row(leaf, label) for leaf, label in zip(leaves, labels, strict=True)]
+    return Description(tuple(rows), tuple(unused(params, norms, param_labels)))
+
+
+def _row(leaf: Leaf, label: Hashable) -> Row:
+    path, norm, layout = leaf
+    kinds = collections.Counter(_fans(axes) for axes in layout.blocks)
+    counts = {text: 0 for text, _ in kinds}
+    for (text, count), blocks in kinds.items():
+        counts[text] += count * blocks
+    matrices = ", ".join(
+        text if count == 1 else f"{count} × ({text})" for text, count in counts.items()
+    )
+    sizes = [math.prod(axes.shape) for axes in layout.blocks]
+    squares = [norm.unit_step_rms(axes) ** 2 for axes in layout.blocks]
+    mean = sum(n * s for n, s in zip(sizes, squares, strict=True)) / max(sum(sizes), 1)
+    radius = norm.radius
+    step = math.nan if isinstance(radius, jax.core.Tracer) else float(radius) * math.sqrt(mean)
+    name = type(norm).__name__
+    return Row(path, layout.shape, label, name, layout.text, matrices, radius, step)
+
+
+def _fans(axes: Axes) -> tuple[str, int]:
+    """Writes `d_in → d_out` of the matrices of a block, and counts them."""
+    window = f"{axes.window_size}·" if axes.window else ""
+    inputs = f"{window}{axes.d_in} → " if axes.columns else ""
+    return f"{inputs}{axes.d_out}", axes.count
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    label = "" if row.label is None else str(row.label)
+    radius = f"{row.radius:g}" if is_number(row.radius) else str(row.radius)
+    step = "–" if math.isnan(row.step_rms) else f"{row.step_rms:.3g}"
+    return row.path, str(row.shape), label, row.norm, row.layout, row.matrices, radius, step
