@@ -8,8 +8,6 @@ import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-import jax
-
 from scion_jax.norms import Auto
 from scion_jax.norms.layout import Axes
 from scion_jax.norms.leaves import Leaf
@@ -110,7 +108,7 @@ def _row(leaf: Leaf, label: Hashable) -> Row:
     squares = [norm.unit_step_rms(axes) ** 2 for axes in layout.blocks]
     mean = sum(n * s for n, s in zip(sizes, squares, strict=True)) / max(sum(sizes), 1)
     radius = norm.radius
-    step = math.nan if isinstance(radius, jax.core.Tracer) else float(radius) * math.sqrt(mean)
+    step = math.sqrt(mean) * float(radius) if is_number(radius) else math.nan
     name = type(norm).__name__
     return Row(path, layout.shape, label, name, layout.text, matrices, radius, step)
 

@@ -116,6 +116,24 @@ def unsplit(array: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jax.sharding.reshard(array, whole)
 
 
+def reshape(array: jax.Array, shape: Sequence[int], origins: Sequence[int | None]) -> jax.Array:
+    """Reshapes, and says how the result is split where types say how the array is.
+
+    Args:
+        array: Any array.
+        shape: The new shape.
+        origins: For each new axis, the old one over whose devices it is split, or None.
+
+    Returns:
+        The array in its new shape.
+    """
+    sharding = jax.typeof(array).sharding
+    if all(axis is None for axis in sharding.spec):
+        return array.reshape(shape)
+    spec = PartitionSpec(*(None if axis is None else sharding.spec[axis] for axis in origins))
+    return jax.lax.reshape(array, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
 def _names_of(part: str | Sequence[str] | None) -> tuple[str, ...]:
     if part is None:
         return ()

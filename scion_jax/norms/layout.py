@@ -114,13 +114,18 @@ class Axes:
         groups = self._groups
         # Axes can be merged where at most the first of them is split over devices.
         array = sharding.unsplit(array, [axis for group in groups for axis in group[1:]])
-        array = jnp.transpose(array, [axis for group in groups for axis in group])
-        return array.reshape([self._size(group) for group in groups])
+        order = [axis for group in groups for axis in group]
+        firsts = [order.index(group[0]) if group else None for group in groups]
+        shape = [self._size(group) for group in groups]
+        return sharding.reshape(jnp.transpose(array, order), shape, firsts)
 
     def from_matrices(self, matrices: jax.Array) -> jax.Array:
         """Undoes `to_matrices`."""
-        order = [axis for group in self._groups for axis in group]
-        array = matrices.reshape([self.shape[axis] for axis in order])
+        groups = self._groups
+        order = [axis for group in groups for axis in group]
+        firsts = {group[0]: position for position, group in enumerate(groups) if group}
+        shape = [self.shape[axis] for axis in order]
+        array = sharding.reshape(matrices, shape, [firsts.get(axis) for axis in order])
         return jnp.transpose(array, sorted(range(len(order)), key=order.__getitem__))
 
 

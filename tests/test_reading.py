@@ -1,0 +1,270 @@
+"""How leaves are read: what was silently wrong is refused, and right once it is told; parts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import naive
+import scion_jax
+from scion_jax import (
+    Auto,
+    BiasRMS,
+    ColNorm,
+    ExactPolar,
+    Sign,
+    Spectral,
+    SpectralConv,
+    describe,
+    dual_norm,
+    frank_wolfe_gap,
+    gauges,
+    init_params,
+    label_by_path,
+    scion,
+    unconstrained_scion,
+)
+
+pytestmark = pytest.mark.fast
+
+# What a default by rank once read wrongly, and what the leaf is.
+SILENT = {
+    "scanned q, k, v kernel": ("kernel", (3, 32, 4, 8), "bioo"),
+    "scanned attention out": ("kernel", (3, 4, 8, 32), "biio"),
+    "Einsum qkv, heads apart": ("w", (3, 4, 32, 8), "boio"),
+    "LinearGeneral 1 to 3 axes": ("kernel", (16, 3, 4, 8), "iooo"),
+    "LinearGeneral 2 to 3 axes": ("kernel", (4, 8, 2, 3, 5), "iiooo"),
+    "scanned experts": ("wi", (3, 8, 16, 32), "bbio"),
+    "scanned Conv2d": ("kernel", (3, 3, 3, 8, 8), "bssio"),
+    "scanned Conv1d": ("kernel", (3, 3, 32, 32), "bsio"),
+    "attention's bias": ("bias", (4, 8), "oo"),
+    "scanned bias": ("bias", (3, 32), "bo"),
+    "scanned gain": ("scale", (3, 32), "bo"),
+    "scanned attention's bias": ("query_bias", (3, 4, 8), "boo"),
+    "Gemma's q": ("w", (4, 32, 8), "oio"),
+    "depthwise kernel": ("kernel", (3, 3, 1, 64), "ssob"),
+}
+
+
+def gaussian(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize(("name", "shape", "layout"), SILENT.values(), ids=SILENT)
+def test_what_was_silently_wrong(name, shape, layout):
+    tree = {"block": {name: gaussian(shape)}}
+    with pytest.raises(ValueError, match="no axis is guessed") as error:
+        scion(0.1).init(tree)
+    message = str(error.value)
+    assert f"'block/{name}' of shape {shape}: it could be " in message
+    assert f'("^block/{name}$", "block_{name}")' in message
+    assert f'{{"block_{name}": ' in message
+    assert "flax_norms" in message
+    vector = "i" not in layout and "s" not in layout
+    kind = "BiasRMS" if vector else "Spectral"
+    told = Auto(layout=layout, orthogonalizer=ExactPolar())
+    (step,) = jax.tree.leaves(
+        unconstrained_scion(1.0, told, momentum=1.0).update(
+            tree, unconstrained_scion(1.0, told).init(tree)
+        )[0]
+    )
+    expected = naive.lmo(kind, tree["block"][name], layout)
+    np.testing.assert_allclose(step, -expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_common_candidates_are_offered():
+    for name, shape, layout in SILENT.values():
+        if layout not in ("iooo", "iiooo", "ssob"):
+            with pytest.raises(ValueError, match=f"'{layout}'"):
+                scion(0.1).init({name: gaussian(shape)})
+
+
+def test_all_unread_leaves_are_named_at_once():
+    tree = {"a": gaussian((2, 3, 4)), "ok": gaussian((3, 4)), "bias": gaussian((2, 3))}
+    with pytest.raises(ValueError, match=r"'a' of shape \(2, 3, 4\)[^\n]*\n  'bias' of shape"):
+        describe(tree)
+    for call in (gauges, dual_norm, lambda t: frank_wolfe_gap(t, t)):
+        with pytest.raises(ValueError, match="layout"):
+            call(tree)
+    with pytest.raises(ValueError, match="layout"):
+        Auto().init(jax.random.key(0), (2, 3, 4))
+
+
+@pytest.mark.parametrize("name", ["bias", "scale", "gain", "gamma", "beta", "q_bias", "bias_hh"])
+def test_a_vector_of_rank_2_needs_a_layout(name):
+    tree = {name: gaussian((3, 8))}
+    for norm in (Auto(), Spectral(), BiasRMS()):
+        with pytest.raises(ValueError, match=rf"'{name}' of shape \(3, 8\).*'bo'"):
+            scion(0.1, norm).init(tree)
+    scion(0.1, BiasRMS(layout="bo")).init(tree)
+    scion(0.1).init({"scaled_dense": gaussian((3, 8)), "upscale_w": gaussian((3, 8))})
+
+
+def test_stacked_vectors_are_normalized_apart():
+    d = gaussian((3, 8)) * jnp.array([[1.0], [1e-3], [1e-3]])
+    steps = BiasRMS(layout="bo").lmo(d)
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(steps**2, axis=1)), 1, rtol=1e-5)
+
+
+PARTED = {
+    "fused q, k, v": ("io[3]", (8, 12), 1, [4, 4, 4], "io"),
+    "grouped queries": ("io[8,4,4]", (6, 16), 1, [8, 4, 4], "io"),
+    "fused inputs": ("i[2]o", (8, 6), 0, [4, 4], "io"),
+    "stacked": ("bio[5,2]", (3, 4, 7), 2, [5, 2], "bio"),
+    "grouped convolution": ("ssio[2]", (3, 3, 4, 6), 3, [3, 3], "ssio"),
+    "depthwise": ("ssio[6]", (3, 3, 1, 6), 3, [1] * 6, "ssio"),
+    "gates' bias": ("o[4]", (12,), 0, [3] * 4, "o"),
+    "PyTorch's": ("o[2,6]i", (8, 5), 0, [2, 6], "oi"),
+}
+PARTED_NORMS = [
+    Spectral(3.0, orthogonalizer=ExactPolar()),
+    Spectral(3.0, max=True, orthogonalizer=ExactPolar()),
+    Sign(2.0),
+    ColNorm(2.0, normalized=True),
+    scion_jax.RowNorm(2.0),
+    BiasRMS(2.0),
+    scion_jax.Euclidean(2.0),
+]
+
+
+@pytest.mark.parametrize("norm", PARTED_NORMS, ids=lambda norm: type(norm).__name__)
+@pytest.mark.parametrize(("layout", "shape", "axis", "sizes", "alone"), PARTED.values(), ids=PARTED)
+def test_each_part_is_a_matrix_of_its_own(norm, layout, shape, axis, sizes, alone):
+    d = gaussian(shape, 1)
+    pieces = jnp.split(d, np.cumsum(sizes)[:-1], axis)
+    whole = dataclasses.replace(norm, layout=layout)
+    part = dataclasses.replace(norm, layout=alone)
+    expected = jnp.concatenate([part.lmo(piece) for piece in pieces], axis)
+    np.testing.assert_allclose(whole.lmo(d), expected, rtol=1e-4, atol=1e-5)
+    gauges = [float(part.gauge(piece)) for piece in pieces]
+    np.testing.assert_allclose(whole.gauge(d), max(gauges), rtol=1e-5)
+    dual_norms = [float(part.dual_norm(piece)) for piece in pieces]
+    np.testing.assert_allclose(whole.dual_norm(d), sum(dual_norms), rtol=1e-5)
+    if not isinstance(norm, BiasRMS):
+        start = whole.init(jax.random.key(0), shape)
+        for piece in jnp.split(start, np.cumsum(sizes)[:-1], axis):
+            np.testing.assert_allclose(part.gauge(piece), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [(None, "x"), ("x", None), (("x", "y"), None), ("y", "x")])
+@pytest.mark.parametrize("layout", ["io[3]", "io[8,4,12]", "i[2]o", "bio"])
+def test_parts_of_axes_that_devices_hold_in_other_pieces(layout, spec):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    shape = (16, 24) if "b" not in layout else (8, 8, 24)
+    spec = PartitionSpec(*spec)
+    d = gaussian(shape)
+    norm = Spectral(layout=layout)
+    split = jax.device_put(d, NamedSharding(mesh, spec))
+    for f in (lambda f: f, jax.jit):
+        v = f(norm.lmo)(split)
+        np.testing.assert_allclose(v, norm.lmo(d), atol=2e-2)
+        assert jax.typeof(v) == jax.typeof(split)
+        np.testing.assert_allclose(f(norm.gauge)(split), norm.gauge(d), rtol=1e-4)
+        np.testing.assert_allclose(f(norm.dual_norm)(split), norm.dual_norm(d), rtol=1e-4)
+
+
+def test_merged_axes_that_are_split_over_devices():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    d = gaussian((8, 4, 8))
+    for layout in ("ioo", "iio", "oio", "bio", "ibo"):
+        for spec in [("x", None, "y"), (None, "x", "y"), (None, ("x",), None), ("y", None, "x")]:
+            split = jax.device_put(d, NamedSharding(mesh, PartitionSpec(*spec)))
+            v = jax.jit(Spectral(layout=layout).lmo)(split)
+            np.testing.assert_allclose(v, Spectral(layout=layout).lmo(d), atol=2e-2)
+            assert jax.typeof(v) == jax.typeof(split)
+
+
+def test_vectors_keep_what_the_model_gave_them():
+    params = {
+        "kernel": jnp.zeros((4, 6)),
+        "scale": jnp.full(6, 1.5),
+        "bias": jnp.full((2, 3), 0.25, jnp.bfloat16),
+    }
+    labels = label_by_path([("bias", "stack"), ("", "rest")])
+    norms = {"stack": BiasRMS(layout="bo"), "rest": Auto(3.0)}
+    started = init_params(jax.random.key(0), params, norms, labels)
+    np.testing.assert_array_equal(started["scale"], params["scale"])
+    np.testing.assert_array_equal(started["bias"], params["bias"])
+    assert started["bias"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(Spectral(3.0).gauge(started["kernel"]), 1, atol=1e-5)
+    jax.tree.map(lambda x: x.delete(), started)  # as donating does
+    assert float(params["scale"][0]) == 1.5
+
+
+def test_shapes_of_gains_are_not_enough():
+    shapes = {"norm": {"scale": jax.ShapeDtypeStruct((6,), jnp.float32)}}
+    with pytest.raises(ValueError, match=r"how the model starts 'norm/scale'.*flax_norms"):
+        init_params(jax.random.key(0), shapes)
+
+
+def test_kept_leaves_can_be_checked():
+    params = {"kernel": jnp.zeros((4, 6)), "scale": jnp.full(6, 1.5)}
+    with pytest.raises(ValueError, match=r"outside of their balls.*'scale' \(1.5 times"):
+        init_params(jax.random.key(0), params, check=True)
+    init_params(jax.random.key(0), params, Auto(vector_radius=2.0), check=True)
+    init_params(jax.random.key(0), params, Auto(constrained=False), check=True)
+
+
+def test_unconstrained_leaves_are_not_pulled():
+    params = {"kernel": gaussian((4, 6)), "scale": jnp.ones(6)}
+    gradients = jax.tree.map(lambda x: x[..., ::-1], params)
+    norms = {"w": Spectral(), "g": BiasRMS(2.0, constrained=False)}
+    labels = {"kernel": "w", "scale": "g"}
+    pulled = {"w": Spectral(), "g": BiasRMS(2.0)}
+    for build, options in (
+        (scion, {}),
+        (scion_jax.scion_light, {}),
+        (scion_jax.clipped_scion, {"rho": 1e-9}),
+        (unconstrained_scion, {"weight_decay": 1.0}),
+    ):
+        free, tied = (
+            build(0.5, n, labels, **options).update(
+                gradients, build(0.5, n, labels, **options).init(params), params
+            )[0]
+            for n in (norms, pulled)
+        )
+        np.testing.assert_allclose(free["scale"], -1.0, rtol=1e-5)  # γ v
+        np.testing.assert_allclose(tied["scale"], -1.5, rtol=1e-5)  # γ (x + v)
+        np.testing.assert_array_equal(free["kernel"], tied["kernel"])
+
+
+def test_describe():
+    params = {
+        "conv": gaussian((3, 3, 8, 16)),
+        "embed": gaussian((100, 16)),
+        "head": gaussian((16, 10)),
+        "qkv": gaussian((16, 32)),
+        "layers": gaussian((5, 16, 64)),
+        "scale": jnp.ones((5, 16)),
+    }
+    norms = {
+        "conv": SpectralConv(8.0),
+        "embed": ColNorm(2.0),
+        "head": Sign(160.0),
+        "qkv": Spectral(3.0, layout="io[16,8,8]"),
+        "layers": Spectral(2.0, layout="bio"),
+        "scale": BiasRMS(layout="bo"),
+    }
+    labels = {name: name for name in params}
+    table = describe(params, norms, labels)
+    rows = {row.path: row for row in table.rows}
+    assert rows["conv"][1:7] == ((3, 3, 8, 16), "conv", "SpectralConv", "ssio", "9·8 → 16", 8.0)
+    assert rows["qkv"].matrices == "16 → 16, 2 × (16 → 8)"
+    assert rows["layers"].matrices == "5 × (16 → 64)"
+    assert rows["scale"].matrices == "5 × (16)"
+    optimizer = unconstrained_scion(1.0, norms, labels)
+    steps, _ = optimizer.update(params, optimizer.init(params))
+    for name, step in steps.items():  # orthogonalized to within 3 %
+        rms = float(jnp.sqrt(jnp.mean(step**2)))
+        np.testing.assert_allclose(rows[name].step_rms, rms, rtol=4e-2)
+    lines = str(table).splitlines()
+    assert len(lines) == 2 + len(params)
+    assert lines[0].split("  ")[0] == "path"
+    assert all(f"{word}" in lines[0] for word in ("label", "layout", "radius", "d_in → d_out"))
+    assert repr(table) == str(table)
+    shapes = jax.eval_shape(lambda: params)
+    assert describe(shapes, norms, labels) == table
+    assert describe({"b": jnp.ones(3)}).rows[0].label is None
