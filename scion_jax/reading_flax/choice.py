@@ -1,0 +1,200 @@
+"""Which norm each parameter of a model gets: rules, last, embeddings, vectors, and the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from scion_jax.norms import ColNorm, Norm
+from scion_jax.norms.layout import parse_layout
+from scion_jax.reading_flax.labels import FlaxLabels
+from scion_jax.reading_flax.layouts import Leaf
+
+_EXAMPLES = {2: "'io' or 'oi'", 3: "'bio' (a stack), 'ioo', 'iio' or 'oio' (heads), 'sio'"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """A pattern for paths, with the norm of the leaves that it finds."""
+
+    pattern: re.Pattern[str]
+    norm: Norm
+    of_last: bool
+
+    def finds(self, leaf: Leaf) -> bool:
+        return any(self.pattern.search(path) for path in leaf.paths)
+
+    def __str__(self) -> str:
+        return f"{'last' if self.of_last else 'rules'}[{self.pattern.pattern!r}]"
+
+
+def choose(
+    leaves: Sequence[Leaf],
+    hidden: Norm,
+    last: Mapping[str, Norm],
+    rules: Mapping[str, Norm],
+    vectors: Norm,
+) -> tuple[dict[str, Norm], FlaxLabels]:
+    """Gives every parameter its norm; see `flax_norms`.
+
+    Args:
+        leaves: The parameters.
+        hidden: Norm of the matrices that no pattern finds.
+        last: Patterns of output layers, with their norms.
+        rules: Other patterns, which come first.
+        vectors: Norm of the vectors that no pattern finds.
+
+    Returns:
+        The norms by label, and the labels.
+
+    Raises:
+        ValueError: If something remains open; the message says what to write.
+    """
+    patterns = [*_read(rules, of_last=False), *_read(last, of_last=True)]
+    found = {leaf.path: _first(patterns, leaf, leaves) for leaf in leaves}
+    _check_all_used(patterns, found.values(), leaves)
+    _check_known(leaves, found)
+    _check_tied(leaves, found)
+    norms: dict[str, Norm] = {}
+    labelled = []
+    for leaf in leaves:
+        rule = found[leaf.path]
+        name, norm = _norm(leaf, rule, hidden, vectors)
+        parse_layout(norm.layout, leaf.shape, leaf.path)
+        label = f"{name} {norm.layout}"
+        if norms.setdefault(label, norm) != norm and rule is not None:
+            label += f" ({rule.pattern.pattern})"
+            norms[label] = norm
+        labelled += [(path, leaf.shape, label) for path in leaf.paths]
+    starts = [(path, leaf.start) for leaf in leaves if leaf.start for path in leaf.paths]
+    return norms, FlaxLabels(tuple(labelled), tuple(starts))
+
+
+def candidates(leaves: Sequence[Leaf], most: int = 8) -> str:
+    """Lists what could be the output layer, the latest first."""
+    matrices = [leaf for leaf in leaves if leaf.kind == "matrix" and "b" not in leaf.layout]
+    tied = [leaf for leaf in leaves if leaf.kind == "embedding" and leaf.tied]
+    names = [leaf.title for leaf in (*tied, *reversed(matrices))]
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _read(patterns: Mapping[str, Norm], of_last: bool) -> list[_Rule]:
+    name = "last" if of_last else "rules"
+    if not isinstance(patterns, Mapping):
+        raise TypeError(
+            f"{name} maps patterns of paths to norms, such as {{'lm_head': Sign(3000.0)}}; got "
+            f"{patterns!r}"
+        )
+    read = []
+    for pattern, norm in patterns.items():
+        if not (isinstance(pattern, str) and isinstance(norm, Norm)):
+            raise TypeError(
+                f"{name} maps patterns of paths to norms, such as {{'lm_head': Sign(3000.0)}}; got "
+                f"{pattern!r}: {norm!r}"
+            )
+        try:
+            read.append(_Rule(re.compile(pattern), norm, of_last))
+        except re.error as error:
+            raise ValueError(f"{name}[{pattern!r}]: not a regular expression ({error})") from error
+    return read
+
+
+def _first(patterns: Sequence[_Rule], leaf: Leaf, leaves: Sequence[Leaf]) -> _Rule | None:
+    for rule in patterns:
+        if rule.finds(leaf):
+            if leaf.kind != "vector":
+                return rule
+            if not any(rule.finds(other) for other in leaves if other.kind != "vector"):
+                return rule
+    return None
+
+
+def _check_all_used(
+    patterns: Sequence[_Rule], found: Iterable[_Rule | None], leaves: Sequence[Leaf]
+) -> None:
+    used = {id(rule) for rule in found}
+    for rule in patterns:
+        if id(rule) in used:
+            continue
+        if taken := [leaf.path for leaf in leaves if rule.finds(leaf)]:
+            raise ValueError(
+                f"{rule} only finds leaves that patterns before it have found, such as "
+                f"'{taken[0]}'; leave it out, or put it first"
+            )
+        paths = [path for leaf in leaves for path in leaf.paths]
+        nearest = difflib.get_close_matches(rule.pattern.pattern, paths, n=1, cutoff=0.0)
+        hint = f"; the nearest is '{nearest[0]}'" if nearest else ""
+        raise ValueError(f"{rule} finds no parameter of the model{hint}")
+
+
+def _check_known(leaves: Sequence[Leaf], found: Mapping[str, _Rule | None]) -> None:
+    unknown = []
+    example = ""
+    for leaf in leaves:
+        rule = found[leaf.path]
+        if leaf.kind == "unknown" and (rule is None or rule.norm.layout is None):
+            examples = _EXAMPLES.get(len(leaf.shape), "one letter of i, o, s, b per axis")
+            why = f" ({leaf.problem})" if leaf.problem else ""
+            unknown.append(f"{leaf.title}{why}: {examples}")
+            example = example or f"{re.escape(leaf.path)}$"
+    if unknown:
+        raise ValueError(
+            "the layout of these parameters is not known:\n  "
+            + "\n  ".join(unknown)
+            + f"\nGive each a rule with a layout, such as rules={{{example!r}: "
+            "Spectral(layout='io')}, or BiasRMS(layout='bo') for a stack of vectors"
+        )
+
+
+def _check_tied(leaves: Sequence[Leaf], found: Mapping[str, _Rule | None]) -> None:
+    for leaf in leaves:
+        if leaf.kind == "embedding" and leaf.tied and found[leaf.path] is None:
+            also = f" (also '{leaf.paths[1]}')" if len(leaf.paths) > 1 else " (its attend is used)"
+            raise ValueError(
+                f"the embedding {leaf.title}{also} is tied to another layer; if that is the output "
+                f"layer, write last={{'{leaf.path}': Sign(radius)}}, and otherwise "
+                f"rules={{'{leaf.path}': ColNorm()}}"
+            )
+
+
+def _norm(leaf: Leaf, rule: _Rule | None, hidden: Norm, vectors: Norm) -> tuple[str, Norm]:
+    """Returns the first word of the label, and the norm with its layout."""
+    layout = leaf.layout
+    if rule is None:
+        if leaf.kind == "vector":
+            return "vectors", _filled(vectors, layout)
+        if leaf.kind == "embedding":
+            return "embedding", ColNorm(layout=layout)
+        return "hidden", _filled(hidden, layout)
+    if rule.of_last and leaf.kind == "embedding":
+        layout = layout.translate(str.maketrans("io", "oi"))
+    norm = rule.norm if rule.norm.layout is not None else _filled(rule.norm, layout)
+    return "last" if rule.of_last else rule.pattern.pattern, norm
+
+
+def _filled(norm: Norm, layout: str) -> Norm:
+    return dataclasses.replace(norm, layout=layout)
+
+
+def check_norm(name: str, norm: Any) -> None:
+    """Checks a norm whose layouts are to come from the model.
+
+    Args:
+        name: Name of the argument.
+        norm: The norm.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it has a layout of its own.
+    """
+    if not isinstance(norm, Norm):
+        raise TypeError(f"{name} is a Norm such as Spectral(50.0); got {norm!r}")
+    if norm.layout is not None:
+        raise ValueError(
+            f"{name}={norm}: layouts come from the model, one per layer; leave layout out, or use "
+            "rules for single leaves"
+        )
