@@ -1,6 +1,6 @@
 """NNX: which embeddings are also used as an output layer.
 
-Nothing is computed here, so calls are not seen; but the code that would make them is.
+An NNX model is read without calling it, so calls are not seen; but the code that makes them is.
 """
 
 from __future__ import annotations
@@ -16,44 +16,43 @@ Path = tuple[Any, ...]
 
 
 def attended(modules: Mapping[Path, nnx.Module]) -> frozenset[Path]:
-    """Finds the embeddings whose `attend` some module around them mentions.
+    """Finds the embeddings that a module around them uses for more than looking up.
 
     Args:
         modules: The modules of a model by their paths.
 
     Returns:
-        Paths of those embeddings. Where the code does not say `….name.attend`, all that the module
-        holds are meant.
+        Paths of the embeddings for which there is `….name.attend` or `….name.embedding` in the
+        code of a module that holds them. Where an `attend` has no such name before it, all that
+        the module holds are meant.
     """
     embeddings = [path for path, module in modules.items() if isinstance(module, nnx.Embed)]
     found: set[Path] = set()
     for path, module in modules.items():
-        names = set(_owners(type(module)))
-        if names:
-            below = [e for e in embeddings if e[: len(path)] == path and e != path]
-            named = {e for e in below if e[-1] in names}
-            found |= named or set(below)
+        mentioned = set(_mentioned(type(module)))
+        held = [e for e in embeddings if e[: len(path)] == path and e != path]
+        named = {e for e in held if (e[-1], "attend") in mentioned}
+        found |= {e for e in held if (e[-1], "embedding") in mentioned}
+        if any(attribute == "attend" for _, attribute in mentioned):
+            found |= named or set(held)
     return frozenset(found)
 
 
-def _owners(module: type) -> Iterator[str]:
-    """Lists what stands before `.attend` in the code of a class."""
+def _mentioned(module: type) -> Iterator[tuple[str, str]]:
+    """Lists pairs of attributes that follow each other in the code of a class."""
     for base in module.__mro__:
-        if base.__module__.startswith("flax."):
-            continue
-        for method in vars(base).values():
-            function = getattr(method, "__wrapped__", method)
-            if isinstance(function, types.FunctionType):
-                yield from _before_attend(function.__code__)
+        if not base.__module__.startswith("flax."):
+            for method in vars(base).values():
+                function = getattr(method, "__wrapped__", method)
+                if isinstance(function, types.FunctionType):
+                    yield from _pairs(function.__code__)
 
 
-def _before_attend(code: types.CodeType) -> Iterator[str]:
+def _pairs(code: types.CodeType) -> Iterator[tuple[str, str]]:
     before = ""
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            if instruction.argval == "attend":
-                yield before
-            before = str(instruction.argval)
+            yield before, (before := str(instruction.argval))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _before_attend(constant)
+            yield from _pairs(constant)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scion_jax.norms import ColNorm, Norm
+from scion_jax.norms import BiasRMS, ColNorm, Norm
 from scion_jax.norms.layout import parse_layout
 from scion_jax.reading_flax.labels import FlaxLabels
 from scion_jax.reading_flax.layouts import Leaf
@@ -59,7 +59,7 @@ def choose(
     _check_known(leaves, found)
     _check_tied(leaves, found)
     norms: dict[str, Norm] = {}
-    labelled = []
+    labelled, starts = [], []
     for leaf in leaves:
         rule = found[leaf.path]
         name, norm = _norm(leaf, rule, hidden, vectors)
@@ -69,7 +69,8 @@ def choose(
             label += f" ({rule.pattern.pattern})"
             norms[label] = norm
         labelled += [(path, leaf.shape, label) for path in leaf.paths]
-    starts = [(path, leaf.start) for leaf in leaves if leaf.start for path in leaf.paths]
+        if leaf.start is not None and (_is_vector(leaf, norm) or leaf.starts_at_zero):
+            starts += [(path, leaf.start) for path in leaf.paths]
     return norms, FlaxLabels(tuple(labelled), tuple(starts))
 
 
@@ -106,9 +107,8 @@ def _read(patterns: Mapping[str, Norm], of_last: bool) -> list[_Rule]:
 def _first(patterns: Sequence[_Rule], leaf: Leaf, leaves: Sequence[Leaf]) -> _Rule | None:
     for rule in patterns:
         if rule.finds(leaf):
-            if leaf.kind != "vector":
-                return rule
-            if not any(rule.finds(other) for other in leaves if other.kind != "vector"):
+            others = (other for other in leaves if other.is_matrix)
+            if leaf.is_matrix or not any(rule.finds(other) for other in others):
                 return rule
     return None
 
@@ -174,6 +174,10 @@ def _norm(leaf: Leaf, rule: _Rule | None, hidden: Norm, vectors: Norm) -> tuple[
         layout = layout.translate(str.maketrans("io", "oi"))
     norm = rule.norm if rule.norm.layout is not None else _filled(rule.norm, layout)
     return "last" if rule.of_last else rule.pattern.pattern, norm
+
+
+def _is_vector(leaf: Leaf, norm: Norm) -> bool:
+    return leaf.kind == "vector" or (leaf.kind == "unknown" and isinstance(norm, BiasRMS))
 
 
 def _filled(norm: Norm, layout: str) -> Norm:

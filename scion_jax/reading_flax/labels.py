@@ -47,13 +47,13 @@ class FlaxLabels:
             ValueError: If the model has no such leaf, or it has another shape; or if the tree holds
                 other collections beside `"params"`.
         """
-        if isinstance(tree, Mapping) and "params" in tree and len(tree) > 1:
-            if not any(path.startswith("params/") for path in self._known):
-                others = ", ".join(repr(str(name)) for name in tree if name != "params")
-                raise ValueError(
-                    f"beside 'params' there is {others}; the optimizer updates parameters only: "
-                    "give it variables['params']"
-                )
+        collections = list(tree) if isinstance(tree, Mapping) and "params" in tree else []
+        if len(collections) > 1 and not any(p.startswith("params/") for p in self._known):
+            others = ", ".join(repr(str(name)) for name in collections if name != "params")
+            raise ValueError(
+                f"beside 'params' there is {others}; the optimizer updates parameters only: give "
+                "it variables['params']"
+            )
         return jax.tree_util.tree_map_with_path(self._label, tree)
 
     def start_of(self, path: str) -> Start | None:

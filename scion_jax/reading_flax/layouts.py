@@ -27,7 +27,8 @@ class Leaf:
         layout: One letter per axis, possibly with parts; empty if the kind is unknown.
         module: Name of the class of its layer.
         tied: Whether an embedding is also used as an output layer.
-        start: How the model starts it, for a vector; zeros for a matrix that is to start there.
+        start: How the model starts it, if that is known.
+        starts_at_zero: Whether the model starts it at zero on purpose.
         problem: Why the kind is unknown, or what is in doubt.
     """
 
@@ -38,12 +39,18 @@ class Leaf:
     module: str
     tied: bool = False
     start: Start | None = None
+    starts_at_zero: bool = False
     problem: str = ""
 
     @property
     def path(self) -> str:
         """The path that is shown."""
         return self.paths[0]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is, or may be, a matrix."""
+        return self.kind != "vector"
 
     @property
     def title(self) -> str:

@@ -39,7 +39,7 @@ class Stacks:
         shapes: Mapping[Path, Shape],
         names: Mapping[Path, tuple[Any, ...]],
     ) -> None:
-        self._shapes = shapes
+        self.shapes = shapes
         self._names = names
         self._inner = inner
 
@@ -56,7 +56,7 @@ class Stacks:
         Raises:
             ValueError: If the shape is not that of a stack, or it remains open of which.
         """
-        shape = self._shapes[path]
+        shape = self.shapes[path]
         places = layouts.placements(inner, shape)
         if not places:
             sizes = ", ".join("?" if size is None else str(size) for size in inner)
@@ -68,12 +68,12 @@ class Stacks:
         named = {axes for axes in found if self._named(path, axes)}
         if len(named) == 1:
             return named.pop()
-        leading = tuple(range(len(shape) - len(inner)))
-        if len(found) > 1 and leading not in found:
-            raise ValueError(
-                f"it is a stack, whose axis may be any of {sorted(axes[0] for axes in found)}"
-            )
-        return leading if leading in found else found.pop()
+        leading = (0,) * (len(shape) - len(inner))
+        if leading in ways:
+            return _place(leading, len(inner))
+        if len(found) > 1:
+            raise ValueError(f"the axes of its stack may be any of {sorted(found)}")
+        return found.pop()
 
     def _agreed(self, path: Path, ways: dict[Insertions, Shape]) -> dict[Insertions, Shape]:
         """Keeps the ways of stacking that suit the other parameters of the stack, too."""
@@ -81,7 +81,7 @@ class Stacks:
             for other, inner in self._inner.items():
                 if other[:length] != path[:length] or other == path:
                     continue
-                shape = self._shapes[other]
+                shape = self.shapes[other]
                 if len(shape) == len(inner):
                     return ways  # we have left the stack
                 theirs = _ways(inner, shape)
@@ -105,7 +105,7 @@ class Stacks:
         Returns:
             Its shape in one entry of the stack around it, if it is in one; None for a matrix.
         """
-        shape = self._shapes[path]
+        shape = self.shapes[path]
         extra = self._depth_of_surroundings(path)
         if len(shape) < 2:
             return () if extra and len(shape) == extra else (None,) * len(shape)
@@ -117,7 +117,7 @@ class Stacks:
         """Counts the axes of the stack that all known parameters nearby are in."""
         for length in range(len(path) - 1, -1, -1):
             near = [
-                len(self._shapes[other]) - len(inner)
+                len(self.shapes[other]) - len(inner)
                 for other, inner in self._inner.items()
                 if other[:length] == path[:length]
             ]
@@ -139,7 +139,7 @@ def _ways(inner: Inner, shape: Shape) -> dict[Insertions, Shape]:
     count = len(shape) - len(inner)
     places = set(layouts.placements(inner, shape))
     found = {}
-    for way in itertools.product(range(-2, 5), repeat=count):
+    for way in itertools.product(range(-1, 5), repeat=count):
         if all(-rank - 1 <= axis <= rank for rank, axis in enumerate(way, start=len(inner))):
             axes = _place(way, len(inner))
             if axes in places:
