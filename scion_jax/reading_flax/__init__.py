@@ -64,7 +64,7 @@ def flax_norms(
         ...         self.head = nnx.Linear(16, 100, use_bias=False, rngs=rngs)
         >>> norms, labels = flax_norms(Model(nnx.Rngs(0)), last={"head": scion_jax.Sign(50.0)})
         >>> sorted(norms)
-        ['embedding io', 'hidden iio', 'hidden ioo', 'last io', 'vectors o', 'vectors oo']
+        ['embedding io', 'hidden iio', 'hidden ioo', "last 'head' io", 'vectors o', 'vectors oo']
         >>> optimizer = scion_jax.scion(1e-3, norms, labels)
     """
     choice.check_norm("hidden", hidden)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scion_jax.norms import BiasRMS, ColNorm, Norm
+from scion_jax.labels import nearest
+from scion_jax.norms import ColNorm, Norm
 from scion_jax.norms.layout import parse_layout
 from scion_jax.reading_flax.labels import FlaxLabels
 from scion_jax.reading_flax.layouts import Leaf
@@ -29,6 +29,11 @@ class _Rule:
 
     def __str__(self) -> str:
         return f"{'last' if self.of_last else 'rules'}[{self.pattern.pattern!r}]"
+
+    @property
+    def name(self) -> str:
+        """Begins its labels; quoted, so that no pattern is taken for another label."""
+        return f"{'last ' if self.of_last else ''}{self.pattern.pattern!r}"
 
 
 def choose(
@@ -63,13 +68,11 @@ def choose(
     for leaf in leaves:
         rule = found[leaf.path]
         name, norm = _norm(leaf, rule, hidden, vectors)
-        parse_layout(norm.layout, leaf.shape, leaf.path)
+        parse_layout(norm.layout, leaf.shape, f"leaf '{leaf.path}'")
         label = f"{name} {norm.layout}"
-        if norms.setdefault(label, norm) != norm and rule is not None:
-            label += f" ({rule.pattern.pattern})"
-            norms[label] = norm
+        norms[label] = norm
         labelled += [(path, leaf.shape, label) for path in leaf.paths]
-        if leaf.start is not None and (_is_vector(leaf, norm) or leaf.starts_at_zero):
+        if leaf.start is not None and (_is_vector(norm) or leaf.starts_at_zero):
             starts += [(path, leaf.start) for path in leaf.paths]
     return norms, FlaxLabels(tuple(labelled), tuple(starts))
 
@@ -126,8 +129,8 @@ def _check_all_used(
                 f"'{taken[0]}'; leave it out, or put it first"
             )
         paths = [path for leaf in leaves for path in leaf.paths]
-        nearest = difflib.get_close_matches(rule.pattern.pattern, paths, n=1, cutoff=0.0)
-        hint = f"; the nearest is '{nearest[0]}'" if nearest else ""
+        closest = nearest(rule.pattern.pattern, paths)
+        hint = f"; the nearest is '{closest}'" if closest else ""
         raise ValueError(f"{rule} finds no parameter of the model{hint}")
 
 
@@ -173,11 +176,11 @@ def _norm(leaf: Leaf, rule: _Rule | None, hidden: Norm, vectors: Norm) -> tuple[
     if rule.of_last and leaf.kind == "embedding":
         layout = layout.translate(str.maketrans("io", "oi"))
     norm = rule.norm if rule.norm.layout is not None else _filled(rule.norm, layout)
-    return "last" if rule.of_last else rule.pattern.pattern, norm
+    return rule.name, norm
 
 
-def _is_vector(leaf: Leaf, norm: Norm) -> bool:
-    return leaf.kind == "vector" or (leaf.kind == "unknown" and isinstance(norm, BiasRMS))
+def _is_vector(norm: Norm) -> bool:
+    return set(norm.layout or "").isdisjoint("is")
 
 
 def _filled(norm: Norm, layout: str) -> Norm:

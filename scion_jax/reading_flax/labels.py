@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from scion_jax.labels import leaf_path
+from scion_jax.labels import leaf_path, nearest, without_collection
 from scion_jax.reading_flax.layouts import Shape, Start
 
 
@@ -71,13 +70,13 @@ class FlaxLabels:
     def _label(self, keys: Sequence[Any], leaf: Any) -> str:
         path = leaf_path(keys)
         found = self._known.get(path)
-        for shorter in (path.removeprefix("params/"), path.removesuffix("/value")):
+        for shorter in (without_collection(path), path.removesuffix("/value")):
             found = found or self._known.get(shorter)
         if found is None:
-            nearest = difflib.get_close_matches(path, self._known, n=1, cutoff=0.0)
+            closest = nearest(path, self._known)
             raise ValueError(
                 f"leaf '{path}' is no parameter of the model that flax_norms has read"
-                + (f" (the nearest is '{nearest[0]}')" if nearest else "")
+                + (f" (the nearest is '{closest}')" if closest else "")
                 + "; read this model, and give the optimizer its parameters only, such as "
                 "nnx.state(model, nnx.Param) or variables['params']"
             )
