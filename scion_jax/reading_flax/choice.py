@@ -9,11 +9,10 @@ from typing import Any
 
 from scion_jax.labels import nearest
 from scion_jax.norms import ColNorm, Norm
+from scion_jax.norms.layout import candidates as candidates_of_rank
 from scion_jax.norms.layout import parse_layout
 from scion_jax.reading_flax.labels import FlaxLabels
 from scion_jax.reading_flax.layouts import Leaf
-
-_EXAMPLES = {2: "'io' or 'oi'", 3: "'bio' (a stack), 'ioo', 'iio' or 'oio' (heads), 'sio'"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +119,7 @@ def _check_all_used(
     patterns: Sequence[_Rule], found: Iterable[_Rule | None], leaves: Sequence[Leaf]
 ) -> None:
     used = {id(rule) for rule in found}
+    leaves = sorted(leaves, key=lambda leaf: not leaf.is_matrix)  # nearer to what is meant
     for rule in patterns:
         if id(rule) in used:
             continue
@@ -135,33 +135,39 @@ def _check_all_used(
 
 
 def _check_known(leaves: Sequence[Leaf], found: Mapping[str, _Rule | None]) -> None:
-    unknown = []
-    example = ""
+    lines = []
     for leaf in leaves:
         rule = found[leaf.path]
         if leaf.kind == "unknown" and (rule is None or rule.norm.layout is None):
-            examples = _EXAMPLES.get(len(leaf.shape), "one letter of i, o, s, b per axis")
+            norm = "BiasRMS" if leaf.is_called_vector else "Spectral"
+            could = candidates_of_rank(len(leaf.shape), leaf.is_called_vector)
             why = f" ({leaf.problem})" if leaf.problem else ""
-            unknown.append(f"{leaf.title}{why}: {examples}")
-            example = example or f"{re.escape(leaf.path)}$"
-    if unknown:
+            pattern = f"^{re.escape(leaf.path)}$"
+            lines.append(
+                f"{leaf.title}{why}: {could}, as in rules={{{pattern!r}: {norm}(layout='…'), …}}"
+            )
+    if lines:
         raise ValueError(
-            "the layout of these parameters is not known:\n  "
-            + "\n  ".join(unknown)
-            + f"\nGive each a rule with a layout, such as rules={{{example!r}: "
-            "Spectral(layout='io')}, or BiasRMS(layout='bo') for a stack of vectors"
+            "Flax's own layers do not tell what the axes of these parameters are; give each a "
+            "rule whose norm has a layout, one letter per axis (i input, o output, s window, "
+            "b batch):\n  " + "\n  ".join(lines)
         )
 
 
 def _check_tied(leaves: Sequence[Leaf], found: Mapping[str, _Rule | None]) -> None:
+    lines = []
     for leaf in leaves:
         if leaf.kind == "embedding" and leaf.tied and found[leaf.path] is None:
-            also = f" (also '{leaf.paths[1]}')" if len(leaf.paths) > 1 else " (its attend is used)"
-            raise ValueError(
-                f"the embedding {leaf.title}{also} is tied to another layer; if that is the output "
-                f"layer, write last={{'{leaf.path}': Sign(radius)}}, and otherwise "
-                f"rules={{'{leaf.path}': ColNorm()}}"
+            also = f" (also '{leaf.paths[1]}')" if len(leaf.paths) > 1 else ""
+            lines.append(
+                f"{leaf.title}{also}: if it is the output layer, write last={{'{leaf.path}': "
+                f"Sign(radius)}}; if it is only looked up, rules={{'{leaf.path}': ColNorm()}}"
             )
+    if lines:
+        raise ValueError(
+            "embeddings that are tied to another layer, or attended to, need a norm of their "
+            "own:\n  " + "\n  ".join(lines)
+        )
 
 
 def _norm(leaf: Leaf, rule: _Rule | None, hidden: Norm, vectors: Norm) -> tuple[str, Norm]:

@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 
 Shape = tuple[int, ...]
 Start = Callable[[jax.Array, Shape, DTypeLike], jax.Array]
+# Names of biases and gains.
+GAIN = re.compile(r"bias|scale|gain|gamma|beta", re.IGNORECASE)
 Kind = Literal["matrix", "embedding", "vector", "unknown"]
 
 
@@ -51,6 +53,11 @@ class Leaf:
     def is_matrix(self) -> bool:
         """Whether it is, or may be, a matrix."""
         return self.kind != "vector"
+
+    @property
+    def is_called_vector(self) -> bool:
+        """Whether its name is that of a bias or a gain."""
+        return GAIN.search(self.path.rsplit("/", 1)[-1]) is not None
 
     @property
     def title(self) -> str:

@@ -20,7 +20,6 @@ Inner = tuple[int | None, ...]
 # For each vmap, from the innermost outwards, the axis that it adds; as `out_axes` says it.
 Insertions = tuple[int, ...]
 
-_GAIN = re.compile(r"bias|scale|gain|gamma|beta")
 _STACK = re.compile(r"layer|stack|block|scan|repeat|depth|stage|expert|ensemble|vmap", re.I)
 
 
@@ -109,7 +108,7 @@ class Stacks:
         extra = self._depth_of_surroundings(path)
         if len(shape) < 2:
             return () if extra and len(shape) == extra else (None,) * len(shape)
-        if len(shape) == extra + 1 and _GAIN.search(str(path[-1]).lower()):
+        if len(shape) == extra + 1 and layouts.GAIN.search(str(path[-1])):
             return (None,)
         return None
 
