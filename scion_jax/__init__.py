@@ -34,6 +34,7 @@ from scion_jax.optimizers import unconstrained_scion as unconstrained_scion
 from scion_jax.polar.orthogonalizers import ExactPolar as ExactPolar
 from scion_jax.polar.orthogonalizers import NewtonSchulz as NewtonSchulz
 from scion_jax.polar.orthogonalizers import orthogonalize as orthogonalize
+from scion_jax.reading_flax import flax_norms as flax_norms
 from scion_jax.schedules import vanishing_momentum as vanishing_momentum
 from scion_jax.transforms import average_gradients as average_gradients
 from scion_jax.transforms import scale_by_lmo as scale_by_lmo

@@ -1,0 +1,535 @@
+"""Which norm a parameter of a Flax model gets, and what flax_norms refuses."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from scion_jax import (
+    BiasRMS,
+    ColNorm,
+    Euclidean,
+    RowNorm,
+    Sign,
+    Spectral,
+    flax_norms,
+    init_params,
+    scion,
+)
+from scion_jax.labels import ModelLabels
+from scion_jax.reading_flax.layouts import einsum
+
+pytestmark = pytest.mark.fast
+
+TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+FEATURES = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+
+
+class Language(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(12, 8, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.hidden = nnx.Linear(8, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 12, rngs=rngs)
+
+
+class LinenLanguage(nn.Module):
+    tied: bool = False
+
+    @nn.compact
+    def __call__(self, tokens, train=False):
+        embed = nn.Embed(12, 8, name="embed")
+        x = nn.LayerNorm(name="norm")(embed(tokens))
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Dense(8, name="hidden")(x))
+        return embed.attend(x) if self.tied else nn.Dense(12, name="head")(x)
+
+
+def language():
+    return nnx.eval_shape(lambda: Language(nnx.Rngs(0)))
+
+
+def chosen(norms, labels, tree):
+    """The norm of every leaf, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(labels(tree))
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): norms[v] for k, v in leaves}
+
+
+def pure(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def test_kinds():
+    norms, labels = flax_norms(
+        language(), hidden=Spectral(2.0), last={"head": Sign(50.0)}, vectors=BiasRMS(0.5)
+    )
+    assert chosen(norms, labels, pure(language())) == {
+        "embed/embedding": ColNorm(layout="io"),
+        "norm/scale": BiasRMS(0.5, layout="o"),
+        "norm/bias": BiasRMS(0.5, layout="o"),
+        "hidden/kernel": Spectral(2.0, layout="io"),
+        "hidden/bias": BiasRMS(0.5, layout="o"),
+        "head/kernel": Sign(50.0, layout="io"),
+        "head/bias": BiasRMS(0.5, layout="o"),
+    }
+
+
+def test_first_pattern_wins_and_layouts_may_be_given():
+    rules = {"hidden/kernel": RowNorm(layout="oi"), "norm": Euclidean(3.0), "^h": Spectral(7.0)}
+    norms, labels = flax_norms(language(), rules=rules, last={})
+    found = chosen(norms, labels, pure(language()))
+    assert found["hidden/kernel"] == RowNorm(layout="oi")
+    assert found["head/kernel"] == Spectral(7.0, layout="io")
+    # Patterns mean matrices; only one that finds none means vectors.
+    assert found["head/bias"] == BiasRMS(layout="o")
+    assert found["norm/scale"] == Euclidean(3.0, layout="o")
+
+
+def test_labels_are_not_mixed_up_by_patterns_that_look_like_them():
+    rules = {"hidden": Spectral(5.0), "embed": ColNorm(2.0)}
+    norms, labels = flax_norms(language(), hidden=Spectral(3.0), rules=rules, last={})
+    found = chosen(norms, labels, pure(language()))
+    assert found["hidden/kernel"] == Spectral(5.0, layout="io")
+    assert found["head/kernel"] == Spectral(3.0, layout="io")
+    assert found["embed/embedding"] == ColNorm(2.0, layout="io")
+
+
+def test_last_is_required_and_candidates_are_listed():
+    with pytest.raises(TypeError, match=r"needs last.*'hidden/kernel' \(8, 8\) of Linear"):
+        flax_norms(language())
+    with pytest.raises(TypeError, match=r"one of: 'head/kernel' \(8, 12\) of Dense"):
+        flax_norms(LinenLanguage(), TOKENS)
+    with pytest.raises(TypeError, match=r"one of: 'embed/embedding' \(12, 8\) of Embed"):
+        flax_norms(LinenLanguage(tied=True), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"last": {"haed": Sign()}},
+            r"last\['haed'\] finds no parameter.*nearest is 'head/",
+        ),
+        ({"rules": {"ebmed": Sign()}}, r"rules\['ebmed'\] finds no .*nearest is 'embed/embedding'"),
+        (
+            {"rules": {"head": Sign()}, "last": {"^head": Sign()}},
+            r"last\['\^head'\] only finds leaves that patterns before it.*'head/kernel'",
+        ),
+        ({"last": {"(": Sign()}}, r"last\['\('\]: not a regular expression"),
+        ({"last": {"head": Sign(layout="ioo")}}, r"'ioo' has 3 letters, but leaf 'head/kernel'"),
+        ({"hidden": Spectral(layout="io")}, "layouts come from the model"),
+        ({"vectors": BiasRMS(layout="o")}, "layouts come from the model"),
+    ],
+)
+def test_what_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flax_norms(language(), **{"last": {}, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"last": Sign()}, "last maps patterns of paths to norms"),
+        ({"last": {"head": 3.0}}, "'head': 3.0"),
+        ({"rules": [("head", Sign())]}, "rules maps patterns"),
+        ({"hidden": 50.0}, "hidden is a Norm"),
+        ({"vectors": None}, "vectors is a Norm"),
+        ({"radius": 3.0}, "leave out radius"),
+    ],
+)
+def test_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        flax_norms(language(), **{"last": {}, **arguments})
+
+
+def test_models_that_are_none():
+    with pytest.raises(TypeError, match="make an instance of it"):
+        flax_norms(Language, last={})
+    with pytest.raises(TypeError, match=r"got \{'kernel'"):
+        flax_norms({"kernel": 1}, last={})
+    with pytest.raises(TypeError, match="without its inputs"):
+        flax_norms(language(), TOKENS, last={})
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(12, 8, rngs=rngs)
+        self.other = nnx.Embed(3, 8, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.embed.attend(self.embed(tokens))
+
+
+class TiedByReading(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(12, 8, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.embed(tokens) @ self.embed.embedding[...].T
+
+
+class Head(nnx.Module):
+    def __init__(self, table):
+        self.table = table
+
+    def __call__(self, x):
+        return x @ self.table[...].T
+
+
+class Alias(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(12, 8, rngs=rngs)
+        self.a_head = Head(self.embed.embedding)
+
+
+@pytest.mark.parametrize("make", [Tied, TiedByReading, Alias])
+def test_tied_embeddings(make):
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    with pytest.raises(
+        ValueError, match=r"(?s)tied to another layer.*last=.*Sign.*rules=.*ColNorm"
+    ):
+        flax_norms(model, last={})
+    for pattern in ("^embed", "a_head") if make is Alias else ("^embed",):
+        norms, labels = flax_norms(model, last={pattern: Sign(3.0)})
+        tied = {norm for norm in norms.values() if isinstance(norm, Sign)}
+        assert tied == {Sign(3.0, layout="oi")}
+        norms, _ = flax_norms(model, last={}, rules={pattern: ColNorm(2.0)})
+        assert ColNorm(2.0, layout="io") in norms.values()
+        labels(nnx.state(model, nnx.Param))
+
+
+def test_tied_embeddings_of_linen():
+    with pytest.raises(ValueError, match=r"(?s)tied.*'embed/embedding' \(12, 8\)"):
+        flax_norms(LinenLanguage(tied=True), TOKENS, last={})
+    norms, _ = flax_norms(LinenLanguage(tied=True), TOKENS, last={"embed": Sign(3.0)})
+    assert norms["last 'embed' oi"] == Sign(3.0, layout="oi")
+
+
+class Own(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(), (4, 8))
+        heads = self.param("heads", nn.initializers.normal(), (2, 8, 3))
+        self.param("b", nn.initializers.ones, (3,))
+        return jnp.einsum("bi,io,hok->bhk", x, w, heads)
+
+
+def test_matrices_of_unknown_modules_need_rules_with_layouts():
+    with pytest.raises(ValueError, match=r"(?s)'w' \(4, 8\) of Own.*'heads' \(2, 8, 3\) of Own"):
+        flax_norms(Own(), FEATURES, last={})
+    rules = {"w": Spectral(), "heads": Spectral(2.0, layout="bio")}
+    with pytest.raises(ValueError, match=r"'w' \(4, 8\).*rules=\{'\^w\$'") as error:
+        flax_norms(Own(), FEATURES, last={}, rules=rules)
+    assert "heads" not in str(error.value)
+    norms, labels = flax_norms(
+        Own(), FEATURES, last={"w": Spectral(layout="io")}, rules={"heads": rules["heads"]}
+    )
+    assert set(norms) == {"last 'w' io", "'heads' bio", "vectors o"}
+    assert labels.start_of("b") is not None
+    assert labels.start_of("w") is None
+
+
+class Stranger(nnx.Module):
+    def __init__(self, rngs):
+        self.table = nnx.Param(jax.random.normal(rngs(), (4, 8)))
+        self.gain = nnx.Param(jnp.ones(8))
+
+
+def test_unknown_matrices_of_nnx():
+    model = Stranger(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"'table' \(4, 8\) of Stranger.*'io' \(Dense\), 'oi'"):
+        flax_norms(model, last={})
+    norms, _ = flax_norms(model, last={}, rules={"table": Spectral(layout="oi")})
+    assert set(norms) == {"'table' oi", "vectors o"}
+
+
+def stack(axis, size=4, features=(4, 4), bias=True, **options):
+    @nnx.split_rngs(splits=size)
+    @nnx.vmap(in_axes=0, out_axes=nnx.StateAxes({nnx.Param: axis, ...: 0}), **options)
+    def make(rngs):
+        return nnx.Linear(*features, use_bias=bias, rngs=rngs)
+
+    return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("model", "layouts"),
+    [
+        (stack(0), {"bio", "bo"}),
+        (stack(1, bias=False), {"bio"}),  # nothing tells: leading
+        (stack(1, size=3), {"ibo", "ob"}),  # sizes tell
+        (stack(1, features=(4, 3)), {"ibo", "ob"}),  # the bias tells
+    ],
+)
+def test_axes_of_stacks(model, layouts):
+    norms, _ = flax_norms(model, last={})
+    assert {norm.layout for norm in norms.values()} == layouts
+
+
+def test_names_of_axes_tell():
+    named = {"kernel_metadata": {"out_sharding": (None, None)}, "use_bias": False}
+
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap(
+        out_axes=nnx.StateAxes({nnx.Param: 1, ...: 0}),
+        transform_metadata={nnx.PARTITION_NAME: "layers"},
+    )
+    def make(rngs):
+        return nnx.Linear(4, 4, **named, rngs=rngs)
+
+    with nnx.use_eager_sharding(False):
+        norms, _ = flax_norms(make(nnx.Rngs(0)), last={})
+    assert {norm.layout for norm in norms.values()} == {"ibo"}
+
+
+def test_stack_whose_axis_remains_open():
+    class Pair(nnx.Module):
+        def __init__(self, rngs):
+            self.square = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+            self.gain = nnx.RMSNorm(3, rngs=rngs)
+
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap(in_axes=0, out_axes=nnx.StateAxes({nnx.Param: -1, ...: 0}))
+    def make(rngs):
+        return Pair(rngs)
+
+    model = make(nnx.Rngs(0))
+    # The gains (3, 4) tell that the axis is 1 or the last one.
+    with pytest.raises(ValueError, match=r"'square/kernel' \(4, 4, 4\).*axes of its stack may be"):
+        flax_norms(model, last={})
+    norms, _ = flax_norms(model, last={}, rules={"square": Spectral(layout="iob")})
+    assert {norm.layout for norm in norms.values()} == {"iob", "ob"}
+
+
+@pytest.mark.parametrize(
+    ("equation", "kernel", "bias"),
+    [
+        ("BTD,NDH->BTNH", "oio", "oo"),
+        ("BTNH,NHD->BTD", "iio", "o"),
+        ("BTD,SNDH->SBTNH", "boio", "boo"),
+        ("BTD,CKDH->CBTKH", "boio", "boo"),
+        ("ecd,edf->ecf", "bio", "bo"),
+        ("...d,df->...f", "io", "o"),
+        ("d,df->f", "io", "o"),
+        ("btd,dh->hbt", "io", "o"),
+        ("btd,d->btd", "o", "o"),
+        ("btd,d->bt", "o", ""),
+        ("btnd,nd->btn", "bo", "b"),
+    ],
+)
+def test_einsum(equation, kernel, bias):
+    assert einsum(equation)[1:] == (kernel, bias)
+
+
+@pytest.mark.parametrize(
+    ("equation", "message"),
+    [
+        ("bd,...d->b...", "unnamed axes"),
+        ("bd,dd->b", "repeated"),
+        ("bd,dk->b", "sums over 'k'"),
+        ("btd,dnh->nhbt", "lead the result"),
+        ("bt,tdh->btdh", "contracts no axis"),
+        ("bd,df", "not of the form"),
+    ],
+)
+def test_einsum_refuses(equation, message):
+    with pytest.raises(ValueError, match=message):
+        einsum(equation)
+
+
+def test_einsum_that_does_not_tell_is_named():
+    model = nn.Einsum((4, 2, 3), "btd,dnh->nhbt")
+    with pytest.raises(ValueError, match=r"'kernel' \(4, 2, 3\) of Einsum .*lead the result"):
+        flax_norms(model, jax.ShapeDtypeStruct((2, 5, 4), jnp.float32), last={})
+
+
+def linen_params():
+    return LinenLanguage().init(jax.random.key(0), jnp.zeros((2, 5), jnp.int32))
+
+
+def test_labels_fit_every_tree_of_the_model():
+    norms, labels = flax_norms(LinenLanguage(), TOKENS, last={"head": Sign()})
+    variables = linen_params()
+    assert labels(variables)["params"] == labels(variables["params"])
+    shapes = jax.eval_shape(linen_params)
+    assert labels(shapes) == labels(variables)
+    part = {"hidden": {"kernel": jnp.zeros((8, 8)), "bias": optax.MaskedNode()}, "head": None}
+    assert labels(part)["hidden"]["kernel"] == "hidden io"
+    assert jax.tree.structure(labels(part)) == jax.tree.structure(part)
+    assert isinstance(labels, ModelLabels)
+
+    def step(params):
+        optimizer = scion(0.1, norms, labels)
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    assert jax.eval_shape(step, variables).keys() == {"params"}
+    model = Language(nnx.Rngs(0))
+    norms, labels = flax_norms(model, last={"head": Sign()})
+    for wrt in (nnx.Param, nnx.All(nnx.Param, nnx.PathContains("head"))):
+        optimizer = nnx.Optimizer(model, scion(0.1, norms, labels), wrt=wrt)
+        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, wrt)))
+
+
+def test_labels_of_boxed_parameters():
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None))
+    model = nn.Dense(3, kernel_init=boxed)
+    norms, labels = flax_norms(model, FEATURES, last={})
+    variables = model.init(jax.random.key(0), jnp.zeros((2, 4)))
+    for tree in (variables, nn.meta.unbox(variables)):
+        assert jax.tree.leaves(labels(tree)) == ["vectors o", "hidden io"]
+    logical = nn.Dense(3, kernel_init=nn.with_logical_partitioning(boxed, ("embed", None)))
+    assert flax_norms(logical, FEATURES, last={})[0] == norms
+
+
+def test_labels_are_hashable_and_equal_if_they_label_equally():
+    one, two = (flax_norms(LinenLanguage(), TOKENS, last={})[1] for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != flax_norms(LinenLanguage(), TOKENS, last={"head": Sign()})[1]
+
+
+def test_under_inject_hyperparams():
+    norms, labels = flax_norms(LinenLanguage(), TOKENS, last={"head": Sign()})
+    optimizer = optax.inject_hyperparams(scion, static_args=("norms", "param_labels"))(
+        0.1, norms, labels
+    )
+    params = linen_params()["params"]
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+class Normalized(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+
+
+def test_other_collections_are_refused():
+    _, labels = flax_norms(Normalized(), FEATURES, train=True, last={})
+    variables = Normalized().init(jax.random.key(0), jnp.ones((2, 4)), train=True)
+    with pytest.raises(ValueError, match=r"'batch_stats'.*variables\['params'\]"):
+        labels(variables)
+    labels(variables["params"])
+    with pytest.raises(ValueError, match="'batch_stats/BatchNorm_0/mean' is no parameter"):
+        labels({"batch_stats": variables["batch_stats"]})
+
+
+def test_leaves_of_another_model_are_refused():
+    _, labels = flax_norms(language(), last={})
+    with pytest.raises(ValueError, match=r"'hidden/kernle' is no parameter.*'hidden/kernel'"):
+        labels({"hidden": {"kernle": jnp.zeros((8, 8))}})
+    with pytest.raises(ValueError, match=r"'hidden/kernel' has shape \(8, 9\), but \(8, 8\)"):
+        labels({"hidden": {"kernel": jnp.zeros((8, 9))}})
+
+
+class Autoencoder(nn.Module):
+    def setup(self):
+        self.encoder = nn.Dense(3)
+        self.decoder = nn.Dense(4)
+
+    def __call__(self, x):
+        return self.decoder(self.encoder(x))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, scale, noisy):
+        noise = jax.random.normal(self.make_rng("noise"), x.shape) if noisy else 0.0
+        return nn.Dense(3)(x + scale * noise)
+
+
+def test_methods_and_streams():
+    norms, labels = flax_norms(Autoencoder(), FEATURES, method=Autoencoder.encode, last={})
+    assert [path for path, _, _ in labels.leaves] == ["encoder/kernel", "encoder/bias"]
+    for rngs in ({"noise": jax.random.key(1)}, {"noise": jax.eval_shape(jax.random.key, 0)}):
+        assert flax_norms(Noisy(), FEATURES, scale=0.1, noisy=True, rngs=rngs, last={})[0] == norms
+    assert flax_norms(LinenLanguage(), TOKENS, train=True, last={})[0]
+
+
+def test_nothing_is_computed():
+    def read(x):
+        return flax_norms(
+            Own(), x, last={}, rules={"w": Spectral(layout="io"), "h": Sign(layout="bio")}
+        )
+
+    jax.eval_shape(lambda x: read(x) and x, FEATURES)
+    with jax.log_compiles(False), jax.transfer_guard("disallow"):
+        read(FEATURES)
+
+
+class LowRank(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        a = nn.Dense(2, use_bias=False, name="lora_a")(x)
+        b = nn.Dense(4, False, kernel_init=nn.initializers.zeros_init(), name="lora_b")(a)
+        gain = self.param("gain", nn.initializers.constant(0.5), (4,))
+        return nn.Dense(4, bias_init=nn.initializers.ones)(x) * gain + b
+
+
+def test_starts_of_linen():
+    norms, labels = flax_norms(LowRank(), FEATURES, last={})
+    shapes = jax.eval_shape(LowRank().init, jax.random.key(0), FEATURES)["params"]
+    params = init_params(jax.random.key(0), shapes, norms, labels)
+    assert not params["lora_b"]["kernel"].any()
+    assert params["lora_a"]["kernel"].any()
+    assert (params["gain"] == 0.5).all()
+    assert (params["Dense_0"]["bias"] == 1).all()
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return layer(x), None
+
+        scan = nn.scan(body, {"params": 1}, split_rngs={"params": True}, length=3)
+        return scan(nn.Dense(4, bias_init=nn.initializers.normal(1.0)), x, None)[0]
+
+
+def test_starts_of_stacks():
+    norms, labels = flax_norms(Scanned(), FEATURES, last={})
+    shapes = jax.eval_shape(Scanned().init, jax.random.key(0), FEATURES)["params"]
+    bias = init_params(jax.random.key(0), shapes, norms, labels)["Dense_0"]["bias"]
+    assert bias.shape == (4, 3)
+    assert len(set(bias.reshape(-1).tolist())) == 12
+
+
+def test_starts_of_nnx():
+    class Adapted(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)
+            self.norm = nnx.RMSNorm(4, rngs=rngs)
+
+    shapes = nnx.eval_shape(lambda: Adapted(nnx.Rngs(0)))
+    norms, labels = flax_norms(shapes, last={})
+    params = init_params(jax.random.key(0), pure(shapes), norms, labels)
+    assert (params["norm"]["scale"] == 1).all()
+    assert not params["linear"]["bias"].any()
+    assert not params["linear"]["lora"]["lora_b"].any()
+    assert params["linear"]["lora"]["lora_a"].any()
+
+
+def test_start_from_inputs_is_refused():
+    class Whitened(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x - self.param("mean", lambda _: x.mean(0))
+
+    norms, labels = flax_norms(Whitened(), FEATURES, last={})
+    shapes = {"mean": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    with pytest.raises(ValueError, match="'mean' starts from the model's inputs"):
+        init_params(jax.random.key(0), shapes, norms, labels)
+
+
+def test_importing_scion_jax_does_not_import_flax():
+    code = "import sys, scion_jax; assert 'flax' not in sys.modules; sys.modules['flax'] = None\n"
+    code += "try: scion_jax.flax_norms(1, last={})\nexcept ImportError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "scion_jax[flax]" in done.stdout
