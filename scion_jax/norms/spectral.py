@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from scion_jax import numerics
 from scion_jax.distributed import sharding
-from scion_jax.distributed.bucketing import measure_stacks
-from scion_jax.distributed.spreading import Compute, spread
+from scion_jax.distributed.spreading import polar_factors, spectral_norm_bounds
 from scion_jax.norms.base import Norm
 from scion_jax.norms.layout import Axes
-from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer, orthogonalize_stacks
-from scion_jax.polar.spectral_bound import spectral_norm_bound
-from scion_jax.polar.stack import Stack
+from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,16 +60,12 @@ class Spectral(Norm):
     ) -> list[jax.Array]:
         """Computes `c · U Vᵀ`, one iteration for all matrices of one shape."""
 
-        def polar(stacks: list[jax.Array], kinds: list[Axes]) -> list[jax.Array]:
-            views = _views(stacks, kinds)
-            polars = orthogonalize_stacks(_matrices(stacks, views), self.orthogonalizer)
-            return [view.from_matrices(p) for p, view in zip(polars, views, strict=True)]
-
-        dtype = functools.reduce(numerics.widest, (d.dtype for d in ds), jnp.float32)
-        travel = self.orthogonalizer.travel_dtype(dtype)
+        matrices = [_matrices(d, a) for d, a in zip(ds, axes, strict=True)]
         return [
-            self._unit_radius(a) * a.from_entries(polar)
-            for polar, a in zip(_spread(polar, ds, axes, shard_over, travel), axes, strict=True)
+            self._unit_radius(a) * a.stored.from_matrices(polar)
+            for polar, a in zip(
+                polar_factors(matrices, self.orthogonalizer, shard_over), axes, strict=True
+            )
         ]
 
     def unit_gauge(self, x: jax.Array, axes: Axes) -> jax.Array:
@@ -86,12 +77,10 @@ class Spectral(Norm):
     ) -> list[jax.Array]:
         """Bounds the largest singular values, those of one shape together, and divides by `c`."""
 
-        def bound(stacks: list[jax.Array], kinds: list[Axes]) -> list[jax.Array]:
-            return measure_stacks(_bounds, _matrices(stacks, _views(stacks, kinds)))
-
+        matrices = [_matrices(x, a) for x, a in zip(xs, axes, strict=True)]
         return [
             bound / self._unit_radius(a)
-            for bound, a in zip(_spread(bound, xs, axes, shard_over), axes, strict=True)
+            for bound, a in zip(spectral_norm_bounds(matrices, shard_over), axes, strict=True)
         ]
 
     def unit_dual_norm(self, d: jax.Array, axes: Axes) -> jax.Array:
@@ -148,33 +137,10 @@ class SpectralConv(Spectral):
         return axes
 
 
-def _spread(
-    compute: Compute,
-    arrays: Sequence[jax.Array],
-    axes: Sequence[Axes],
-    shard_over: tuple[str, ...],
-    travel_dtype: DTypeLike | None = None,
-) -> list[jax.Array]:
-    entries = [a.to_entries(array) for array, a in zip(arrays, axes, strict=True)]
-    return spread(compute, entries, [a.single for a in axes], shard_over, travel_dtype)
-
-
-def _views(stacks: Sequence[jax.Array], kinds: Sequence[Axes]) -> list[Axes]:
-    """Finds the axes of stacks, so that their matrices are viewed as they are stored.
-
-    A polar factor is transposed with its matrix, so `W` and `Wᵀ` serve equally.
-    """
-    return [kind.stored.batched(s.shape[0]) for s, kind in zip(stacks, kinds, strict=True)]
-
-
-def _matrices(stacks: Sequence[jax.Array], views: Sequence[Axes]) -> list[jax.Array]:
-    return [view.to_matrices(stack) for stack, view in zip(stacks, views, strict=True)]
-
-
-def _bounds(stack: Stack) -> jax.Array:
-    if not stack.small:
-        return jnp.zeros(sum(stack.sizes), stack.dtype)
-    return spectral_norm_bound(stack)
+def _matrices(array: jax.Array, axes: Axes) -> jax.Array:
+    if len(axes.matrix) > 2:
+        array = sharding.replicate(array)  # split axes cannot be merged
+    return axes.stored.to_matrices(array)
 
 
 def _singular_values(array: jax.Array, axes: Axes) -> jax.Array:
