@@ -7,7 +7,6 @@ of times that it is executed: loops by their rounds, and an error where these ar
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections import Counter
@@ -131,7 +130,7 @@ class Module:
             computation: Where it stands.
 
         Returns:
-            The number, as the compiler says it or as it follows from a counter with constant bounds.
+            The number, as the compiler says it or as a counter with constant bounds says.
 
         Raises:
             ValueError: If neither is there.

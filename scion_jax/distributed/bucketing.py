@@ -42,8 +42,10 @@ def map_buckets(
 
 
 def _transposed_if_tall(result: jax.Array, stack: jax.Array) -> jax.Array:
+    """Transposes a result as its stack has to be; numbers stay as they are."""
     if result.ndim < 3 or stack.shape[1] <= stack.shape[2]:
         return result
+    # All at once: without the barrier TPUs would transpose the leaves, in float32.
     return jax.lax.optimization_barrier(result).mT
 
 
@@ -53,8 +55,8 @@ def joined(stacks: Sequence[jax.Array]) -> jax.Array:
 
 
 def split(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-    """Undoes `joined`."""
-    if len(sizes) == 1:
+    """Undoes `joined`, leaving out what may follow."""
+    if list(sizes) == [stack.shape[0]]:
         return [stack]
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     places = list(zip(starts, sizes, strict=True))

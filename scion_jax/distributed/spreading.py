@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -74,8 +75,8 @@ def check_names(shard_over: Names) -> tuple[str, ...] | None:
     names = (shard_over,) if isinstance(shard_over, str) else shard_over
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            "shard_over is a name of a mesh axis, a sequence of names such as ('data', 'fsdp'), () "
-            f"for none, or None; got {shard_over!r}"
+            "shard_over holds names of mesh axes, such as 'fsdp' or ('data', 'fsdp'), () for none; "
+            f"got {shard_over!r}"
         )
     if len(set(names)) < len(names):
         raise ValueError(f"shard_over names an axis twice: {tuple(names)}")
@@ -138,9 +139,10 @@ def spectral_norm_bounds(
         [matrices[index] for index in whole],
         [dtypes[index] for index in whole],
         shard_over,
+        measures=True,
     )
     for index, bound in zip(whole, bounds, strict=True):
-        results[index] = bound
+        results[index] = bound.astype(dtypes[index])
     return results
 
 
@@ -149,6 +151,7 @@ def _spread(
     stacks: Sequence[jax.Array],
     dtypes: Sequence[DTypeLike],
     names: tuple[str, ...] | None,
+    measures: bool = False,
 ) -> list[jax.Array]:
     """Computes something for every matrix of some stacks, each on one device.
 
@@ -158,6 +161,7 @@ def _spread(
         stacks: Arrays `(batch, rows, columns)`, one for each leaf, not empty.
         dtypes: What each is cast to.
         names: The axes to spread over.
+        measures: Whether `compute` returns numbers.
 
     Returns:
         The results, in the order of `stacks`; numbers are on all devices.
@@ -176,7 +180,7 @@ def _spread(
     def stacked(group: list[int], multiple: int = 1) -> jax.Array:
         parts = [stacks[index].astype(dtypes[index]) for index in group]
         missing = -sum(part.shape[0] for part in parts) % multiple
-        if missing and spec_along(parts[0]):
+        if missing and jax.typeof(parts[0]).sharding.spec[0] is not None:
             parts = [sharding.replicate(part) for part in parts]
         zeros = jnp.zeros_like(jax.lax.slice_in_dim(parts[0], 0, 1))
         return joined([*parts, *[zeros] * missing])
@@ -185,12 +189,28 @@ def _spread(
     everywhere = route.run_everywhere if route else _run_here
     computed = everywhere(compute, [stacked(group) for group in staying])
     if route and travelling:
-        computed += route.run(compute, [stacked(g, route.devices) for g in travelling])
+        padded = [stacked(group, route.devices) for group in travelling]
+        computed += _measure(route, compute, padded) if measures else route.run(compute, padded)
     for group, result in zip([*staying, *travelling], computed, strict=True):
         pieces = split(result, [stacks[index].shape[0] for index in group])
         for index, piece in zip(group, pieces, strict=True):
             results[index] = piece
     return results
+
+
+def _measure(
+    route: _Mesh | _Mapped, compute: Compute, stacks: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Computes one number for each matrix, and gathers those of all stacks at once."""
+    dtype = numerics.widest(*(stack.dtype for stack in stacks))
+
+    def compute_together(shares: list[jax.Array]) -> list[jax.Array]:
+        return [joined([numbers.astype(dtype) for numbers in compute(shares)])]
+
+    (numbers,) = route.run(compute_together, stacks)
+    table = numbers.reshape(route.devices, -1)  # what each device computed
+    ends = list(itertools.accumulate(stack.shape[0] // route.devices for stack in stacks))
+    return [part.reshape(-1) for part in jnp.split(table, ends[:-1], axis=1)]
 
 
 def _place(index: int, stack: jax.Array) -> tuple[Hashable, ...]:
@@ -201,14 +221,7 @@ def _place(index: int, stack: jax.Array) -> tuple[Hashable, ...]:
     return stack.shape[1:], tuple(spec), sharding.varying(stack), split_along_itself
 
 
-def spec_along(stack):
-    spec = jax.typeof(stack).sharding.spec
-    return bool(spec) and spec[0] is not None
-
-
-def _route(
-    stacks: Sequence[jax.Array], names: tuple[str, ...] | None
-) -> _Mesh | _Mapped | None:
+def _route(stacks: Sequence[jax.Array], names: tuple[str, ...] | None) -> _Mesh | _Mapped | None:
     """Finds how matrices get to their devices; None if there is one device, or nothing is said."""
     if names and all(map(_is_mapped, names)):
         route = _Mapped(names)
@@ -278,9 +291,10 @@ class _Mesh:
         stages = [find(stack) for stack in stacks]
         moved = [self._moved(stack, stage) for stack, stage in zip(stacks, stages, strict=True)]
         computed = self._on_each(compute, moved, PartitionSpec(self.names))
-        nowhere = [PartitionSpec(None)]  # one number for each matrix: to all devices
+        if computed[0].ndim == 1:
+            return [self._moved(numbers, [PartitionSpec(None)]) for numbers in computed]
         return [
-            self._moved(result, stage[-2::-1] if result.ndim > 1 else nowhere)
+            self._moved(result, stage[-2::-1])
             for result, stage in zip(computed, stages, strict=True)
         ]
 

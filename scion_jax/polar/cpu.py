@@ -3,7 +3,7 @@
 - Chunks of 2 MiB, which stay in a core's cache.
 - float32 where the processor has no instructions for bfloat16, unless bfloat16 was asked for.
 - Symmetric products with fewer multiplications, in float32. Of `C = A Bᵀ = Cᵀ` only the blocks on
-  and above the diagonal are computed; XLA has no kernel for that, so the product is split in blocks:
+  and above the diagonal are computed. XLA has no kernel for that, so blocks are multiplied:
 
       C = [ C₁₁   C₁₂ ]      C₁₂ one plain product, half as large each way
           [ C₁₂ᵀ  C₂₂ ]      C₁₁ and C₂₂ symmetric again, computed as a batch of two

@@ -126,9 +126,7 @@ class NewtonSchulz(Orthogonalizer):
         return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.bfloat16)
 
     def communication_dtype(self, dtype: DTypeLike) -> jnp.dtype:
-        """Chooses bfloat16 if it is the compute dtype; float16, and bfloat16 for float64, reach
-        less far.
-        """
+        """Chooses bfloat16 if it is the compute dtype; float64 reaches further, so it stays."""
         wide = super().communication_dtype(dtype)
         narrow = self._factor_dtype(dtype)
         return narrow if narrow == jnp.bfloat16 and wide == jnp.float32 else wide
