@@ -259,7 +259,7 @@ def cost(text: str) -> Cost:
     for instruction, times in module.executed():
         work = 0
         for part, place in ((instruction, places[id(instruction)]), *module.parts(instruction)):
-            if part.opcode in ("dot", "convolution") or "matmul" in part.rest[:0]:
+            if part.opcode in ("dot", "convolution"):
                 work += module.products(part, place)
             if part.kind in COLLECTIVES:
                 collectives[part.kind] += times

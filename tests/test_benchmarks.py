@@ -18,7 +18,6 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import block_trees
-import collectives
 import compile_time
 import memory
 import momentum_matrices
@@ -463,101 +462,3 @@ def cost_of(function, sharding, shape=(8, 16), dtype=jnp.float32):
 def mapped(function, sharding):
     specs = {"in_specs": sharding.spec, "out_specs": sharding.spec}
     return jax.shard_map(function, mesh=sharding.mesh, check_vma=False, **specs)
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("function", "kind", "moved"),
-    [
-        (lambda rows: rows + jax.lax.psum(rows, "fsdp"), "all-reduce", 2 * 16 * 4),
-        (lambda rows: jax.lax.all_gather(rows, "fsdp").sum(0), "all-gather", 8 * 16 * 4),
-        (
-            lambda rows: jax.lax.all_to_all(rows, "fsdp", 1, 1, tiled=True),
-            "all-to-all",
-            2 * 16 * 4,
-        ),
-        (
-            lambda rows: jax.lax.ppermute(rows, "fsdp", [(0, 1), (1, 2), (2, 3), (3, 0)]),
-            "collective-permute",
-            2 * 16 * 4,
-        ),
-        (
-            lambda rows: jax.lax.psum_scatter(rows, "fsdp", scatter_dimension=1, tiled=True).repeat(
-                4, axis=1
-            ),
-            "reduce-scatter",
-            2 * 16 * 4,
-        ),
-    ],
-)
-def test_collectives_are_counted_with_what_they_move(function, kind, moved):
-    sharding = row_mesh(4)
-    cost = cost_of(mapped(function, sharding), sharding)
-    assert (cost.counts, cost.moved, cost.looped) == ({kind: 1}, moved, 0)
-
-
-@pytest.mark.fast
-def test_collectives_and_products_in_loops_count_each_time_around():
-    def rows_of_loop(rows):
-        def body(_, rows):
-            return jax.lax.psum(rows @ rows.mT @ rows, "fsdp")
-
-        return jax.lax.fori_loop(0, 5, body, rows)
-
-    sharding = row_mesh(4)
-    cost = cost_of(mapped(rows_of_loop, sharding), sharding, (32, 16))
-    assert (cost.counts, cost.looped) == ({"all-reduce": 5}, 5)
-    assert cost.moved == 5 * 8 * 16 * 4
-    assert cost.flops == 5 * 2 * (2 * 8 * 16 * 8)
-
-
-@pytest.mark.fast
-def test_loops_that_do_not_say_how_often_are_refused():
-    def halved(rows):
-        return jax.lax.while_loop(lambda rows: rows.sum() > 1, lambda rows: rows / 2, rows)
-
-    with pytest.raises(ValueError, match="how often"):
-        cost_of(halved, row_mesh(1))
-
-
-@pytest.mark.fast
-def test_bytes_follow_from_types():
-    text = "(f32[1,8,2]{2,1,0}, /*index=1*/u16[4]{0}, bf16[3]{0}, pred[5]{0}, s32[], f8e4m3fn[2])"
-    assert collectives.type_bytes(text) == 64 + 8 + 6 + 5 + 4 + 2
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
-@pytest.mark.parametrize(
-    ("name", "mesh", "moves"),
-    [
-        (collectives.LONG, "fsdp", 2),
-        (collectives.LONG, "fsdp×tensor", 4),
-        (collectives.SHORT, "fsdp", 2),
-    ],
-)
-def test_each_stack_moves_there_and_back_along_each_axis(name, mesh, mode, moves):
-    case = collectives.Case(mesh, mode, 4, name)
-    cost = collectives.measure(case, 4, 16)
-    assert cost.counts == {"all-to-all": 3 * moves}
-    assert cost.looped == 0
-    assert cost.moved == moves / 2 * collectives.needed_bytes(case.name, 4, 16) / 4
-    tree = block_trees.block_shapes(4, 16)
-    assert cost.flops == block_trees.necessary_flops(tree, collectives.METHODS[name]) / 4
-
-
-def test_many_devices_are_compared_with_the_peer(tmp_path, capsys):
-    files = ["--json", str(tmp_path / "collectives.json"), "--plot", str(tmp_path / "growth.png")]
-    size = ["--devices", "1", "2", "--meshes", "fsdp", "--layers", "1", "--width", "8"]
-    with jax.numpy_dtype_promotion("standard"):  # Optax's own, in muon
-        collectives.main([*files, *size])
-    printed = capsys.readouterr().out
-    assert printed.count("`optax.contrib.muon` | raises ShardingTypeError") == 2
-    found = read_records(tmp_path / "collectives.json")
-    assert len(found) == 2 * 2 * 2 * 4  # devices, axis types, ours, quantities
-    assert {line["peer_name"] for line in found} == {
-        "optax.contrib.muon",
-        "optax.contrib.muon, Auto",
-    }
-    assert all((line["peer"] == 0) == (line["ratio"] is None) for line in found)
-    assert (tmp_path / "growth.png").stat().st_size > 1000

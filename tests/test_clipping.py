@@ -18,7 +18,6 @@ from scion_jax import (
     unconstrained_clipped_scion,
 )
 from scion_jax.polar.spectral_bound import spectral_norm_bound
-from scion_jax.polar.stack import Stack
 
 pytestmark = pytest.mark.fast
 
