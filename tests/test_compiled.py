@@ -1,7 +1,6 @@
 """What the TPU's compiler makes of an update, in a process of its own: tests run without a TPU."""
 
 import importlib.util
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +50,7 @@ def test_loops_count_by_their_rounds():
     cost = hlo.cost(LOOP)  # 1, 3, 5: three rounds
     assert cost.cycles == 3 * 10 + 5
     assert cost.cycles_in_products == 3 * 10
-    assert cost.flops == 3 * 2 * (2 * 4 * 4 * 8) // 2
+    assert cost.flops == 3 * 2 * (2 * 4 * 4 * 8)
     assert cost.collectives == {"all-reduce": 3}
     assert cost.collective_bytes == 3 * 4 * 8 * 4
 
@@ -68,5 +67,4 @@ def test_figures_for_eight_chips():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     row = next(line for line in done.stdout.splitlines() if line.startswith("| `scion`"))
     assert "| 6 all-to-all |" in row
-    gflop = float(re.split(r" \| ", row)[3])
-    assert gflop >= 1
+    assert float(row.split(" | ")[1]) > 0  # Mcycles
