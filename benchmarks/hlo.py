@@ -255,13 +255,18 @@ def cost(text: str) -> Cost:
     module = Module(text)
     cycles = in_products = flops = size = kernels = 0
     collectives: Counter[str] = Counter()
+    channels: set[str] = set()
     places = {id(i): name for name, body in module.computations.items() for i in body.values()}
     for instruction, times in module.executed():
         work = 0
         for part, place in ((instruction, places[id(instruction)]), *module.parts(instruction)):
             if part.opcode in ("dot", "convolution"):
                 work += module.products(part, place)
-            if part.kind in COLLECTIVES:
+            # A TPU may spread one collective over several fusions, all of one channel.
+            channel = re.search(r"channel_id=(\d+)", part.rest)
+            known = channel is not None and channel[1] in channels
+            if part.kind in COLLECTIVES and not known:
+                channels.update(channel.groups() if channel else ())
                 collectives[part.kind] += times
                 size += times * int(part.bytes)
         cycles += times * instruction.cycles

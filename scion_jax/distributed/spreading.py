@@ -238,6 +238,10 @@ def _route(stacks: Sequence[jax.Array], names: tuple[str, ...] | None) -> _Mesh 
             f"axes: {mesh.axis_names}) nor a mapped one; call the optimizer under "
             "jax.set_mesh(mesh), or inside of shard_map or pmap over that axis"
         )
+    # Axes that matrices are split over come last, so that these move a share only.
+    specs = [part for stack in stacks for part in jax.typeof(stack).sharding.spec]
+    split_over = {name for part in specs for name in _names_of(part)}
+    names = sorted(names, key=lambda name: name in split_over)
     route = _Mesh(mesh, tuple(name for name in names if mesh.shape[name] > 1))
     return route if route.devices > 1 else None
 
@@ -318,12 +322,9 @@ class _Mesh:
         One axis moves at a time: that is one all-to-all each. All axes at once would be gathered.
         """
         spec = tuple(jax.typeof(stack).sharding.spec)
-        # Those that the stack is split over come first: in the other order, they would be gathered.
-        split_over = [name for part in spec for name in _names_of(part)]
-        order = sorted(self.names, key=lambda name: name not in split_over)
         stages = [PartitionSpec(*spec)]
-        for count in range(1, len(order) + 1):
-            there = tuple(order[:count])
+        for count in range(1, len(self.names) + 1):
+            there = self.names[:count]
             rest = (tuple(n for n in _names_of(part) if n not in there) for part in spec[1:])
             stages.append(PartitionSpec(there, *(part or None for part in rest)))
         stages.append(PartitionSpec(self.names, *(None,) * (stack.ndim - 1)))
