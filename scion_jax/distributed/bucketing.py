@@ -7,11 +7,12 @@ of that of `X`, so wide and tall matrices share a bucket, in which all are wide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from scion_jax.distributed import sharding
 from scion_jax.polar import cpu
 
 
@@ -29,10 +30,11 @@ def map_buckets(
         The results, in the order and shapes of `stacks`.
     """
     results = list(stacks)
-    buckets: dict[tuple[int, int, jnp.dtype], list[int]] = {}
+    buckets: dict[Hashable, list[int]] = {}
     for index, stack in enumerate(stacks):
         n, m = sorted(stack.shape[1:])
-        buckets.setdefault((n, m, stack.dtype), []).append(index)
+        # In shard_map, what all devices share must not be joined with what differs.
+        buckets.setdefault((n, m, stack.dtype, sharding.varying(stack)), []).append(index)
     for members in buckets.values():
         wide = [_transposed_if_tall(stacks[index], stacks[index]) for index in members]
         result = function(joined(wide))
