@@ -35,8 +35,8 @@ import optax.contrib
 from block_trees import SQUARE_PER_LAYER, block_shapes, gaussian_like, necessary_flops
 from reference import DTYPES, reference_call
 from reporting import Record, alternating_times, make_parser, markdown, medians, record, report
-from scion_jax.polar.cpu import default_dtype
 from scion_jax import NewtonSchulz, Spectral, scion, unconstrained_scion
+from scion_jax.polar.cpu import default_dtype
 
 Call = Callable[[], Any]
 Times = dict[str, list[float]]  # in seconds, by optimizer

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import block_trees
 import compile_time
@@ -443,22 +442,3 @@ def test_momentum_matrices_are_saved_and_judged(tmp_path, capsys, monkeypatch):
     orthogonalization.main(options)
     assert len(read_records(records)) == 2 * 3
     assert "momentum, 32 × 128, 2 matrices" in capsys.readouterr().out
-
-
-def row_mesh(devices):
-    """A mesh of one axis and the sharding of rows along it."""
-    mesh = jax.make_mesh((devices,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:devices])
-    return NamedSharding(mesh, PartitionSpec("fsdp"))
-
-
-def cost_of(function, sharding, shape=(8, 16), dtype=jnp.float32):
-    """Reads the cost of a function of one array whose results are split by `sharding`."""
-    array = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    return collectives.read_cost(
-        jax.jit(function, out_shardings=sharding).lower(array).compile().as_text()
-    )
-
-
-def mapped(function, sharding):
-    specs = {"in_specs": sharding.spec, "out_specs": sharding.spec}
-    return jax.shard_map(function, mesh=sharding.mesh, check_vma=False, **specs)

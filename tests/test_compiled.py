@@ -10,7 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import hlo
+import hlo  # noqa: E402
 
 pytestmark = pytest.mark.fast
 

@@ -118,11 +118,12 @@ def test_processors(tmp_path, monkeypatch):
 def test_each_platform_gets_its_own():
     """Chosen when lowered: nothing of the CPU's is in a TPU's program."""
     x = jax.ShapeDtypeStruct((2, 32, 64), jnp.float32)
-    method = NewtonSchulz(chunk_bytes=1)
-    cpus, tpus = (
-        jax.jit(lambda x: orthogonalize(x, m)).trace(x).lower(lowering_platforms=(p,)).as_text()
-        for p, m in (("cpu", method), ("tpu", NewtonSchulz()))
-    )
+
+    def lowered(method, platform):
+        traced = jax.jit(lambda x: orthogonalize(x, method)).trace(x)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    cpus, tpus = lowered(NewtonSchulz(chunk_bytes=1), "cpu"), lowered(NewtonSchulz(), "tpu")
     assert "stablehlo.while" in cpus
     assert "stablehlo.while" not in tpus
     assert tpus.count("stablehlo.dot_general") == 7 + 3 + 3  # of a pair of steps, and of two

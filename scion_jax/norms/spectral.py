@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from scion_jax import numerics
 from scion_jax.distributed import sharding
 from scion_jax.distributed.spreading import polar_factors, spectral_norm_bounds
 from scion_jax.norms.base import Norm
@@ -59,7 +58,6 @@ class Spectral(Norm):
         self, ds: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
     ) -> list[jax.Array]:
         """Computes `c · U Vᵀ`, one iteration for all matrices of one shape."""
-
         matrices = [_matrices(d, a) for d, a in zip(ds, axes, strict=True)]
         return [
             self._unit_radius(a) * a.stored.from_matrices(polar)
@@ -76,7 +74,6 @@ class Spectral(Norm):
         self, xs: Sequence[jax.Array], axes: Sequence[Axes], shard_over: tuple[str, ...] = ()
     ) -> list[jax.Array]:
         """Bounds the largest singular values, those of one shape together, and divides by `c`."""
-
         matrices = [_matrices(x, a) for x, a in zip(xs, axes, strict=True)]
         return [
             bound / self._unit_radius(a)

@@ -109,13 +109,13 @@ def newton_schulz(
         Matrices of the same shape and dtype. Zero gives zero; NaN and infinity give NaN, in their
         own matrix only.
     """
-    dtype, shape = x.dtype, x.shape
+    dtype, (_, n, m) = x.dtype, x.shape
     # Entries of at most 1: squares and their sums then stay in range whatever the scale was.
     largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
     x = numerics.at_least_float32(x) / numerics.at_least_float32(numerics.nonzero(largest))
     x = x.astype(products.dtype)
     start = 0
-    for length in groups(*shape[1:], len(steps), products.dtype):
+    for length in groups(n, m, len(steps), products.dtype):
         gram = _Shifted(0.0, products.gram(x))
         root = None
         if start == 0:
