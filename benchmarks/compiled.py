@@ -118,6 +118,7 @@ def compile_step(
         What the compiler says.
     """
     rank = len(spec)
+    spec = spec if mesh.size > 1 else PartitionSpec()
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         there = spec if leaf.ndim == rank else PartitionSpec()

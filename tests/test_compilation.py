@@ -24,14 +24,14 @@ def lowered(layers, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rectangular"),
+    ("dtype", "square", "rectangular"),
     [
-        (jnp.float32, 1 + (4 * 4 - 3) + 1),  # X Xᵀ, four steps on it, and times X
-        (jnp.bfloat16, (1 + 5 + 1) + 3 + 3),  # two steps on it, then one by one
+        # X Xᵀ, four steps on it, and times X; square ones in a loop after the first step
+        (jnp.float32, 3 + 3, 1 + (4 * 4 - 3) + 1),
+        (jnp.bfloat16, 4 * 3, (1 + 5 + 1) + 3 + 3),  # two steps on it, then one by one
     ],
 )
-def test_products_do_not_grow_with_depth(dtype, rectangular):
-    square = 4 * 3
+def test_products_do_not_grow_with_depth(dtype, square, rectangular):
     for layers in (1, 8):
         text = lowered(layers, dtype).as_text()
         assert text.count("stablehlo.dot_general") == square + rectangular

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from scion_jax import numerics
 from scion_jax.polar.coefficients import Step
@@ -71,7 +72,7 @@ class Products:
 class _Shifted(NamedTuple):
     """Symmetric matrices `shift · I + rest`, rest `(batch, n, n)`."""
 
-    shift: float
+    shift: float | jax.Array
     rest: jax.Array
 
     def times(self, other: _Shifted, products: Products) -> _Shifted:
@@ -89,9 +90,8 @@ class _Shifted(NamedTuple):
 
     def moved(self, shift: float) -> _Shifted:
         """Writes the same with another shift."""
-        difference = self.shift - shift
         identity = jnp.eye(self.rest.shape[1], dtype=self.rest.dtype)
-        return _Shifted(shift, self.rest + difference * identity) if difference else self
+        return _Shifted(shift, self.rest + (self.shift - shift) * identity)
 
 
 def newton_schulz(
@@ -114,19 +114,35 @@ def newton_schulz(
     largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
     x = numerics.at_least_float32(x) / numerics.at_least_float32(numerics.nonzero(largest))
     x = x.astype(products.dtype)
-    start = 0
-    for length in groups(n, m, len(steps), products.dtype):
-        gram = _Shifted(0.0, products.gram(x))
-        root = None
-        if start == 0:
-            size = numerics.nonzero(_squared_norm(gram.rest, schatten))
-            gram, root = _Shifted(0.0, gram.rest / size), jnp.sqrt(size)
-        factor = _factor(gram, steps[start : start + length], 1.0 if start else 0.0, products)
-        new = products.times(factor.rest, x)
-        new = factor.shift * x.astype(new.dtype) + new
-        x = (new if root is None else new / root).astype(products.dtype)
-        start += length
+    first, *rest = groups(n, m, len(steps), products.dtype)
+    gram = products.gram(x)
+    size = numerics.nonzero(_squared_norm(gram, schatten))
+    factor = _factor(_Shifted(0.0, gram / size), steps[:first], 0.0, products)
+    x = (_applied(factor, x, products) / jnp.sqrt(size)).astype(products.dtype)
+
+    def advance(x: jax.Array, group: Sequence[Step]) -> jax.Array:
+        factor = _factor(_Shifted(0.0, products.gram(x)), group, 1.0, products)
+        return _applied(factor, x, products).astype(products.dtype)
+
+    if len(rest) > 1 and set(rest) == {1} and not _rounds(products.dtype):
+        # float32 products take TPUs' compiler long, and a loop around them costs nothing.
+        rows = jnp.asarray(np.array(steps[first:]), products.dtype)
+        x, _ = jax.lax.scan(lambda x, step: (advance(x, [step]), None), x, rows)
+        return x.astype(dtype)
+    for length in rest:
+        x = advance(x, steps[first : first + length])
+        first += length
     return x.astype(dtype)
+
+
+def _applied(factor: _Shifted, x: jax.Array, products: Products) -> jax.Array:
+    new = products.times(factor.rest, x)
+    return factor.shift * x.astype(new.dtype) + new
+
+
+def _rounds(dtype: jnp.dtype) -> bool:
+    """Tells whether a dtype has fewer digits than float32."""
+    return bool(jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps)
 
 
 def _squared_norm(gram: jax.Array, schatten: int) -> jax.Array:
@@ -142,7 +158,7 @@ def _factor(gram: _Shifted, steps: Sequence[Step], shift: float, products: Produ
     Args:
         gram: `R`, of the divided matrices.
         steps: The group's coefficients.
-        shift: Where its eigenvalues are expected.
+        shift: Where its eigenvalues are expected, 0 or 1.
         products: How to multiply.
 
     Returns:
@@ -150,7 +166,8 @@ def _factor(gram: _Shifted, steps: Sequence[Step], shift: float, products: Produ
     """
     factor = None
     for index, step in enumerate(steps):
-        gram = gram.moved(1.0 if index else shift)
+        if index or shift:
+            gram = gram.moved(1.0)
         polynomial = gram.polynomial(step, products)
         factor = polynomial if factor is None else polynomial.times(factor, products)
         if index < len(steps) - 1:
@@ -176,7 +193,7 @@ def groups(rows: int, columns: int, steps: int, dtype: jnp.dtype) -> list[int]:
     """
     if 2 * columns <= 3 * rows:
         return [1] * steps
-    if jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps:
+    if _rounds(dtype):
         return [2, *[1] * (steps - 2)] if steps > 1 else [1]
     return [min(4, steps - start) for start in range(0, steps, 4)]
 
