@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from scion_jax.distributed import sharding
 from scion_jax.polar import cpu
@@ -36,6 +37,8 @@ def map_buckets(
         # In shard_map, what all devices share must not be joined with what differs.
         buckets.setdefault((n, m, stack.dtype, sharding.varying(stack)), []).append(index)
     for members in buckets.values():
+        # Wide ones first, whatever leaves are called: what is fused depends on it.
+        members.sort(key=lambda index: stacks[index].shape[1] > stacks[index].shape[2])
         wide = [_transposed_if_tall(stacks[index], stacks[index]) for index in members]
         result = function(joined(wide))
         for index, piece in zip(members, split(result, [w.shape[0] for w in wide]), strict=True):
@@ -47,8 +50,8 @@ def _transposed_if_tall(result: jax.Array, stack: jax.Array) -> jax.Array:
     """Transposes a result as its stack has to be; numbers stay as they are."""
     if result.ndim < 3 or stack.shape[1] <= stack.shape[2]:
         return result
-    # All at once: without the barrier TPUs would transpose the leaves, in float32.
-    return jax.lax.optimization_barrier(result).mT
+    # All at once: without the layout TPUs would transpose the leaves, in float32.
+    return with_layout_constraint(result, Layout((0, 1, 2))).mT
 
 
 def joined(stacks: Sequence[jax.Array]) -> jax.Array:
