@@ -57,7 +57,6 @@ bench: $(VENV)/.installed-examples
 		$(if $(REFERENCE),--reference "$(REFERENCE)")
 	@$(python) benchmarks/compile_time.py --json $(results)/compile_time.json
 	@$(python) benchmarks/memory.py --json $(results)/memory.json
-	@$(python) benchmarks/collectives.py --json $(results)/collectives.json
 	@$(python) benchmarks/momentum_matrices.py $(results)/momentum.npz
 	@$(python) benchmarks/orthogonalization.py --matrices $(results)/momentum.npz \
 		--json $(results)/orthogonalization.json

@@ -36,6 +36,7 @@ from block_trees import SQUARE_PER_LAYER, block_shapes, gaussian_like, necessary
 from reference import DTYPES, reference_call
 from reporting import Record, alternating_times, make_parser, markdown, medians, record, report
 from scion_jax import NewtonSchulz, Spectral, scion, unconstrained_scion
+from scion_jax.polar.cpu import default_dtype
 
 Call = Callable[[], Any]
 Times = dict[str, list[float]]  # in seconds, by optimizer
@@ -78,7 +79,7 @@ def update_call(optimizer: optax.GradientTransformation, params: Any, gradient: 
 def product_call(layers: int, width: int) -> Call:
     """Compiles a product of as many square matrices as the tree has, `product_flops` of work."""
     shape = jax.ShapeDtypeStruct((SQUARE_PER_LAYER * layers, width, width), jnp.float32)
-    narrow = NewtonSchulz().arithmetic(jnp.float32).narrow
+    narrow = default_dtype(jnp.dtype(jnp.bfloat16))
     left, right = (x.astype(narrow) for x in gaussian_like((shape, shape), seed=2))
     multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     return lambda: multiply(left, right)
@@ -156,7 +157,7 @@ def table(times: Times) -> str:
 def share_of_rate(layers: int, width: int, times: Times) -> str:
     """Says how much of the product's rate the default reaches."""
     flops, rate, product_rate = rates(layers, width, times)
-    dtype = NewtonSchulz().arithmetic(jnp.float32).narrow
+    dtype = default_dtype(jnp.dtype(jnp.bfloat16))
     return (
         f"`{DEFAULT}`: {flops / 1e9:.3g} GFLOP in products, {rate / 1e9:.3g} GFLOP/s; a {dtype} "
         f"product of {SQUARE_PER_LAYER * layers} matrices {width} × {width}: "

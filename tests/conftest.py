@@ -16,12 +16,12 @@ import hypothesis
 import jax
 import pytest
 
-from scion_jax.polar import hardware
+from scion_jax.polar import cpu
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The same results on every CPU: bfloat16 is for the tests that ask for it.
-hardware.multiplies_bfloat16 = lambda: False
+cpu.multiplies_bfloat16 = lambda: False
 
 hypothesis.settings.register_profile(
     "deterministic",

@@ -17,9 +17,8 @@ from scion_jax import (
     scale_by_lmo,
     unconstrained_clipped_scion,
 )
+from scion_jax.distributed.spreading import spectral_norm_bounds
 from scion_jax.norms.leaves import Leaf, gauge_bounds
-from scion_jax.polar.spectral_bound import spectral_norm_bound
-from scion_jax.polar.stack import Stack
 
 pytestmark = pytest.mark.fast
 
@@ -107,8 +106,8 @@ def test_spectral_norm_bound(rows):
     stack[4] = 0
     exact = np.linalg.norm(stack, 2, axis=(1, 2))
     wide = jnp.asarray(stack)
-    for both in (Stack(wide, None), Stack(None, wide.mT), Stack(wide[:2], wide[2:].mT)):
-        bound = spectral_norm_bound(both)
+    for batches in ([wide], [wide.mT], [wide[:2], wide[2:].mT]):
+        bound = jnp.concatenate(spectral_norm_bounds(batches))
         assert np.all(bound >= exact * (1 - 1e-5))
         assert np.all(bound <= exact * rows ** (1 / 256) * (1 + 1e-5))
 

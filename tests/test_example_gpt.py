@@ -312,7 +312,7 @@ def in_new_process(*arguments):
     # In float32 on every CPU, as conftest has it for this process.
     program = (
         "import runpy, sys; sys.argv.pop(0); sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
-        "from scion_jax.polar import hardware; hardware.multiplies_bfloat16 = lambda: False; "
+        "from scion_jax.polar import cpu; cpu.multiplies_bfloat16 = lambda: False; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     flags = [gpt.__file__, *SHORT, *map(str, arguments)]

@@ -1,136 +1,132 @@
-"""How the iteration is organized: groups of steps, centred matrices, and what hardware decides."""
+"""How the iteration is organized: groups of steps, shifts, and what CPUs want otherwise."""
 
-import importlib.util
-import itertools
+import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scion_jax import NewtonSchulz, hardware, orthogonalize
-from scion_jax.polar.arithmetic import Arithmetic
-from scion_jax.polar.centred import Centred
+from scion_jax import NewtonSchulz, orthogonalize
+from scion_jax.polar import cpu
 from scion_jax.polar.coefficients import resolve
-from scion_jax.polar.newton_schulz import flops, groups
-from scion_jax.polar.stack import Stack
+from scion_jax.polar.newton_schulz import Products, flops, groups, newton_schulz
 
 pytestmark = pytest.mark.fast
 
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
 
-def symmetric(rng, n, mean, spread):
-    q, _ = np.linalg.qr(rng.standard_normal((n, n)))
-    return (q * (mean + spread * rng.standard_normal(n))) @ q.T
+@pytest.mark.parametrize(
+    ("columns", "dtype", "steps", "expected"),
+    [
+        (64, FLOAT32, 4, [1, 1, 1, 1]),  # square: the Gram matrix is no smaller
+        (96, FLOAT32, 4, [1, 1, 1, 1]),
+        (256, FLOAT32, 4, [4]),
+        (256, FLOAT32, 9, [4, 4, 1]),
+        (64, BFLOAT16, 4, [1, 1, 1, 1]),
+        (256, BFLOAT16, 4, [2, 1, 1]),  # a group at the end would lift singular values
+        (256, BFLOAT16, 1, [1]),
+    ],
+)
+def test_groups(columns, dtype, steps, expected):
+    assert groups(64, columns, steps, dtype) == expected
 
 
-def matrix(centred):
-    return centred.rest + centred.mean * np.eye(centred.rest.shape[1], dtype=centred.rest.dtype)
+def test_work_is_that_of_the_products():
+    def products(x):
+        return newton_schulz(x, resolve("minimax", None), 4, Products(BFLOAT16))
+
+    text = str(jax.make_jaxpr(products)(jnp.ones((2, 8, 32))))
+    work = sum(
+        2 * 8 * int(columns) * (32 if columns == "8" and index in (0, 7, 10) else 8)
+        for index, columns in enumerate(re.findall(r"f32\[2,8,(\d+)\] = dot_general", text))
+    )
+    assert work == flops(8, 32, 4, BFLOAT16)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("shape", [(2, 16, 24), (2, 16, 64), (1, 768, 800)])
+def test_cpus_compute_the_same(dtype, shape):
+    """Their blocks of symmetric products too, which start at 384 rows."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    steps = resolve("minimax", None)
+    plain = newton_schulz(x, steps, 4, Products(dtype))
+    theirs = jax.jit(lambda x: newton_schulz(x, steps, 4, cpu.CpuProducts(dtype)))(x)
+    tolerance = 2e-5 if dtype == FLOAT32 else 2e-2
+    np.testing.assert_allclose(theirs, plain, atol=tolerance)
+
+
+def test_symmetric_products_of_large_matrices_take_fewer_operations():
+    def work(products):
+        cost = jax.jit(products.gram).lower(jnp.ones((1, 768, 64))).compile().cost_analysis()
+        return cost["flops"]
+
+    assert work(cpu.CpuProducts(FLOAT32)) < 0.7 * work(Products(FLOAT32))
+
+
+def test_dtypes_of_products():
+    def lowered(dtype):
+        x = jnp.ones((1, 4, 6), jnp.float32)
+        return jax.jit(Products(dtype).gram).lower(x).as_text()
+
+    assert "-> tensor<1x4x4xf32>" in lowered(BFLOAT16)  # sums are not rounded
+    assert "HIGHEST" in lowered(FLOAT32)
+
+
+def test_choices_are_made_late(x64):
+    """Neither steps nor norm of one set survive in another."""
+    method = dataclasses.replace(NewtonSchulz(), coefficients="quintic")
+    assert method == NewtonSchulz("quintic")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 8)))
+    sigma = np.linalg.svd(x, compute_uv=False) / np.linalg.norm(x)
+    for _ in range(5):
+        sigma = 3.4445 * sigma - 4.775 * sigma**3 + 2.0315 * sigma**5
+    result = np.linalg.svd(orthogonalize(x, method), compute_uv=False)
+    np.testing.assert_allclose(np.sort(result), np.sort(sigma), atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("columns", "dtype", "expected"),
+    ("compute", "given", "expected"),
     [
-        (64, FLOAT32, (1, 1, 1, 1)),  # square: the Gram matrix is no smaller
-        (256, FLOAT32, (4,)),
-        (64, BFLOAT16, (1, 1, 1, 1)),
-        (256, BFLOAT16, (1, 1, 2)),  # its rounding would be amplified too much before
+        (None, jnp.float32, jnp.bfloat16),
+        (None, jnp.float16, jnp.bfloat16),
+        (None, jnp.float64, jnp.float64),
+        (jnp.float32, jnp.float32, jnp.float32),
+        (jnp.float32, jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32, jnp.float32),  # float16 would overflow
+        (jnp.bfloat16, jnp.float64, jnp.float64),
     ],
 )
-def test_groups_of_the_default(columns, dtype, expected):
-    assert groups(64, columns, resolve("minimax", None), dtype) == expected
+def test_communication_dtype(x64, compute, given, expected):
+    assert NewtonSchulz(compute_dtype=compute).communication_dtype(given) == expected
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, jnp.dtype(jnp.float16)])
-@pytest.mark.parametrize("columns", [64, 96, 160, 1024])
-def test_groups_are_the_cheapest_that_rounding_allows(columns, dtype):
-    steps = resolve("minimax", 6)
-    best = groups(64, columns, steps, dtype)
-    assert sum(best) == 6
-
-    def amplified(division):
-        starts = itertools.accumulate(division, initial=0)
-        pieces = [steps[a : a + k] for a, k in zip(starts, division, strict=False)]
-        return max(
-            np.prod([row[0] ** 2 for row in piece[:-1]]) * (len(piece) > 1) for piece in pieces
-        ) * float(jnp.finfo(dtype).eps)
-
-    def work(division):
-        n, m = 64, columns
-        return sum(2 * n * n * (m + (4 * k - 3) * n + m) for k in division)
-
-    every = [
-        tuple(len(list(run)) for _, run in itertools.groupby(itertools.accumulate(cuts)))
-        for cuts in itertools.product([0, 1], repeat=6)
-        if cuts[0] == 0
-    ]
-    allowed = [division for division in every if amplified(division) <= 0.06]
-    assert best in allowed
-    assert work(best) == min(map(work, allowed)) == flops(64, columns, steps, dtype)
-
-
-def test_centred_products(x64):
-    rng = np.random.default_rng(0)
-    double = Arithmetic(jnp.dtype(jnp.float64), jnp.dtype(jnp.float64))
-    x = np.stack([symmetric(rng, 5, 2.0, 0.3), symmetric(rng, 5, 0.0, 1.0)])
-    centred = Centred.of(jnp.zeros((2, 1, 1)), jnp.asarray(x))
-    np.testing.assert_allclose(matrix(centred), x, atol=1e-14)
-    np.testing.assert_allclose(jnp.trace(centred.rest, axis1=1, axis2=2), 0, atol=1e-14)
-    steps = (jnp.float64(number) for number in (2.0, -3.0, 0.5))
-    polynomial = centred.polynomial(*steps, double)
-    expected = 2 * np.eye(5) - 3 * x + 0.5 * x @ x
-    np.testing.assert_allclose(matrix(polynomial), expected, atol=1e-13)
-    product = polynomial.commuting_product(centred, double)
-    np.testing.assert_allclose(matrix(product), expected @ x, atol=1e-13)
-    wide, tall = rng.standard_normal((1, 5, 7)), rng.standard_normal((1, 7, 5))
-    for rounds in (jnp.float64, jnp.float16):
-        result = centred.times(
-            Stack(jnp.asarray(wide), jnp.asarray(tall)), Arithmetic(jnp.dtype(rounds), double.wide)
-        )
-        tolerance = 1e-13 if rounds == jnp.float64 else 1e-2
-        np.testing.assert_allclose(result.wide, x[:1] @ wide, atol=tolerance)
-        np.testing.assert_allclose(result.tall, tall @ x[1:], atol=tolerance)
-
-
-def test_centring_spares_close_eigenvalues_from_rounding():
-    """A polynomial that presses 1 down to 0.02 has terms of 20, which bfloat16 rounds by 0.04."""
-    coarse = Arithmetic(BFLOAT16, FLOAT32)
-    x = symmetric(np.random.default_rng(0), 6, 0.9, 1e-3)
-    centred = Centred.of(jnp.zeros((1, 1, 1)), jnp.asarray(x[None], jnp.float32))
-    steps = (jnp.float32(number) for number in (8.0, -22.0, 16.0))
-    result = matrix(centred.polynomial(*steps, coarse))[0]
-    expected = 8 * np.eye(6) - 22 * x + 16 * x @ x
-    np.testing.assert_allclose(result, expected, atol=1e-4)
-
-
-def test_default_dtype_follows_the_hardware(monkeypatch):
-    def narrow(dtype, fast):
-        monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: fast)
-        return NewtonSchulz().arithmetic(dtype).narrow
-
-    assert narrow(jnp.float32, fast=True) == jnp.bfloat16
-    assert narrow(jnp.float32, fast=False) == jnp.float32
-    assert narrow(jnp.float64, fast=True) == jnp.float64
-    assert NewtonSchulz(compute_dtype=jnp.float32).arithmetic(jnp.float32).narrow == jnp.float32
-
-
-def test_flags_of_the_processor(tmp_path, monkeypatch):
-    # conftest replaces the function; here is the original.
-    hardware = importlib.util.module_from_spec(importlib.util.find_spec("scion_jax.polar.hardware"))
-    hardware.__spec__.loader.exec_module(hardware)
+def test_processors(tmp_path, monkeypatch):
+    look = functools.partial(cpu._flags.__wrapped__)
     described = tmp_path / "cpuinfo"
-    monkeypatch.setattr(hardware, "_CPU_DESCRIPTION", described)
-    monkeypatch.setattr(hardware.jax, "default_backend", lambda: "cpu")
-    assert not hardware.multiplies_bfloat16()  # no such file, as on other systems
-    hardware._cpu_flags.cache_clear()
+    assert not look(described)  # no such file, as on other systems
     described.write_text("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 sse\n")
-    assert hardware.multiplies_bfloat16()
-    hardware._cpu_flags.cache_clear()
-    described.write_text("processor\t: 0\nflags\t\t: fpu avx2\n")
-    assert not hardware.multiplies_bfloat16()
-    monkeypatch.setattr(hardware.jax, "default_backend", lambda: "gpu")
-    assert hardware.multiplies_bfloat16()
+    assert "avx512_bf16" in look(described)
+    for fast in (True, False):
+        monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda fast=fast: fast)
+        assert cpu.default_dtype(BFLOAT16) == (BFLOAT16 if fast else FLOAT32)
+
+
+def test_each_platform_gets_its_own():
+    """Chosen when lowered: nothing of the CPU's is in a TPU's program."""
+    x = jax.ShapeDtypeStruct((2, 32, 64), jnp.float32)
+
+    def lowered(method, platform):
+        traced = jax.jit(lambda x: orthogonalize(x, method)).trace(x)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    cpus, tpus = lowered(NewtonSchulz(chunk_bytes=1), "cpu"), lowered(NewtonSchulz(), "tpu")
+    assert "stablehlo.while" in cpus
+    assert "stablehlo.while" not in tpus
+    assert tpus.count("stablehlo.dot_general") == 7 + 3 + 3  # of a pair of steps, and of two
 
 
 @pytest.mark.parametrize("shape", [(96, 32), (64, 64), (3, 32, 96)])
@@ -144,8 +140,3 @@ def test_transposed_arguments_in_bfloat16(shape):
         lambda x: orthogonalize(jnp.tanh(x.mT / 100), method).mT,
     ):
         np.testing.assert_allclose(jax.jit(transposed)(x), expected, atol=0.02)
-    np.testing.assert_allclose(
-        jax.jit(lambda: orthogonalize(jnp.eye(*shape[-2:]).T, method))(),
-        np.eye(*shape[-2:]).T,
-        atol=0.04,
-    )

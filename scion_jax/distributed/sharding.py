@@ -3,7 +3,7 @@
 On an Explicit mesh an array's type says how it is split, and contracting or merging a split axis
 is an error unless the result's sharding is stated. The iteration needs whole matrices anyway, so
 they are gathered first and split again afterwards. On an Auto mesh, or without one, the types say
-nothing, and both functions return their argument.
+nothing.
 
 Inside of `shard_map` a type says over which mapped axes an array varies. What is to be summed over
 all parameters must be summed over those axes too.
@@ -30,8 +30,14 @@ def replicate(array: jax.Array) -> jax.Array:
 
 
 def shard_like(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Splits `array` as the type of `like`, of the same shape, says."""
+    """Splits `array` as `like`, of the same shape and dtype, is split: as its type says.
+
+    On an Auto mesh the compiler is told to treat both alike, by a choice among them that it
+    simplifies away afterwards. Without `out_shardings` it might gather the result.
+    """
     sharding = jax.typeof(like).sharding
+    if jax.sharding.get_abstract_mesh().auto_axes:
+        return jnp.where(jnp.zeros_like(like, dtype=bool), like, array)
     if all(axis is None for axis in sharding.spec):
         return array
     return jax.sharding.reshard(array, sharding)

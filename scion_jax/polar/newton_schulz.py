@@ -1,4 +1,4 @@
-"""The Newton–Schulz iteration on a stack of matrices, in the form that needs fewer operations.
+"""The Newton–Schulz iteration on a stack of matrices with n ≤ m, as accelerators want it: unrolled.
 
 One step applies an odd quintic to all singular values. With the Gram matrix `R = X Xᵀ`,
 
@@ -9,14 +9,16 @@ in `R` and commutes with everything else, and their product be applied to `X` at
 
     R ← Q R Q,    P ← Q P,    from R = X Xᵀ, P = I;    then X ← P X
 
-So the long side of a wide matrix enters twice per group and not twice per step. The weakness: what
-rounding adds to a Gram matrix, which holds *squared* singular values, is amplified by the squared
-slope at 0 of the group's steps before its last. For all four of the default's steps that is 5,750:
-nothing in float32, far too much in bfloat16, which takes the first two one by one (`groups`).
+So the long side of a wide matrix enters twice per group and not twice per step. The weakness is
+rounding in the Gram matrix, which holds *squared* singular values. In float32 a group may have four
+steps. In bfloat16 only the first two steps form a group: what rounding does to them, the steps
+after them repair. A group at the end would lift singular values to 1.02.
 
-**Centring.** Steps press singular values that are close to each other far down, by differences of
-large terms. So where factors are rounded to bfloat16 or float16, every small matrix is held as
-`s I + M` (`centred`): rounding hits only `M`, which vanishes where all singular values are equal.
+**Shifts.** Symmetric matrices are held as `s I + M`, and only the factors of products `M N` are
+rounded. Steps press singular values far down by differences of large terms; where the eigenvalues
+are near `s`, the terms of `M` are small and so is what rounding does. `s` is known beforehand: 1,
+where steps drive the singular values, for every Gram matrix but the first. Without the shift,
+bfloat16 lifts singular values to 1.009, with it to 1.003.
 
 **Normalization** costs nothing: the first step needs `X Xᵀ` anyway, and its trace is the squared
 Frobenius norm. Its own Frobenius norm is the Schatten-4 norm squared, and a better choice: it
@@ -26,84 +28,121 @@ Gaussian 768 × 768 matrix by a factor of 4.4. That is worth more than a further
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
+import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from scion_jax import numerics
-from scion_jax.polar.arithmetic import Arithmetic
-from scion_jax.polar.centred import Centred
 from scion_jax.polar.coefficients import Step
-from scion_jax.polar.hardware import is_bfloat16_on_cpu
-from scion_jax.polar.opaque import opaque
-from scion_jax.polar.stack import Stack
-from scion_jax.polar.symmetric import symmetric_flops
 
-# Rounding times amplification, which a group must stay below: 0.0007 for the default's four steps
-# in float32; in bfloat16 0.055 for its last two, 0.10 for the second and third.
-_TOLERANCE = 0.06
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """How batches of matrices are multiplied.
+
+    Attributes:
+        dtype: Dtype of the factors. Products and sums have at least float32.
+    """
+
+    dtype: jnp.dtype
+
+    def times(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Computes `x y`."""
+        # Accelerators would round float32 factors; who wants that asks for bfloat16.
+        return jnp.matmul(
+            x.astype(self.dtype),
+            y.astype(self.dtype),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=numerics.widest(self.dtype, jnp.float32),
+        )
+
+    def gram(self, x: jax.Array) -> jax.Array:
+        """Computes `x xᵀ`."""
+        return self.times(x, x.mT)
+
+    def commuting(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Computes `x y` for symmetric matrices that commute, so that the product is symmetric."""
+        return self.times(x, y)
+
+
+class _Shifted(NamedTuple):
+    """Symmetric matrices `shift · I + rest`, rest `(batch, n, n)`."""
+
+    shift: float | jax.Array
+    rest: jax.Array
+
+    def times(self, other: _Shifted, products: Products) -> _Shifted:
+        """Multiplies matrices that commute."""
+        s, m = self
+        t, n = other
+        return _Shifted(s * t, s * n + t * m + products.commuting(m, n))
+
+    def polynomial(self, step: Step, products: Products) -> _Shifted:
+        """Computes `a I + b X + c X²`."""
+        a, b, c = step
+        s, m = self
+        square = products.commuting(m, m)
+        return _Shifted(a + s * (b + c * s), (b + 2 * c * s) * m + c * square)
+
+    def moved(self, shift: float) -> _Shifted:
+        """Writes the same with another shift."""
+        identity = jnp.eye(self.rest.shape[1], dtype=self.rest.dtype)
+        return _Shifted(shift, self.rest + (self.shift - shift) * identity)
 
 
 def newton_schulz(
-    stack: Stack, steps: Sequence[Step], schatten: int, arithmetic: Arithmetic
-) -> Stack:
+    x: jax.Array, steps: Sequence[Step], schatten: int, products: Products
+) -> jax.Array:
     """Applies the steps to the singular values of every matrix, divided by its norm.
 
     Args:
-        stack: The matrices, float32 or float64.
+        x: Shape `(batch, n, m)` with n ≤ m, not empty, any floating dtype.
         steps: Coefficients `(a, b, c)`, first to last.
         schatten: Which Schatten norm to divide by: 2 (Frobenius) or 4.
-        arithmetic: How to multiply.
+        products: How to multiply.
 
     Returns:
-        Matrices of the same shapes and dtype. Zero gives zero; NaN and infinity give NaN, in their
+        Matrices of the same shape and dtype. Zero gives zero; NaN and infinity give NaN, in their
         own matrix only.
     """
+    dtype, (_, n, m) = x.dtype, x.shape
     # Entries of at most 1: squares and their sums then stay in range whatever the scale was.
-    x = stack.map(lambda part: part / numerics.nonzero(_largest_entry(part)))
-    x = x.map(lambda part: part.astype(arithmetic.narrow))
-    if is_bfloat16_on_cpu(arithmetic.narrow):
-        # XLA folds a transpose that it finds in front of a product, and then, at run time, has no
-        # kernel for it.
-        x = opaque(x)
+    largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
+    x = numerics.at_least_float32(x) / numerics.at_least_float32(numerics.nonzero(largest))
+    x = x.astype(products.dtype)
+    first, *rest = groups(n, m, len(steps), products.dtype)
+    gram = products.gram(x)
+    size = numerics.nonzero(_squared_norm(gram, schatten))
+    factor = _factor(_Shifted(0.0, gram / size), steps[:first], 0.0, products)
+    x = (_applied(factor, x, products) / jnp.sqrt(size)).astype(products.dtype)
 
-    def advance(x: Stack, group: tuple[jax.Array, jax.Array]) -> tuple[Stack, None]:
-        steps, first = group
-        gram = x.gram(arithmetic.symmetric)
-        # The first group divides by the norm: the Gram matrix here, X itself with its next value.
-        size = jax.lax.cond(
-            first,
-            lambda gram: numerics.nonzero(_squared_norm(gram, schatten)),
-            lambda gram: jnp.ones_like(gram[:, :1, :1]),
-            gram,
-        )
-        if arithmetic.rounds:
-            centred = _centred_factor(gram / size, steps, arithmetic).divided(jnp.sqrt(size))
-            x = centred.times(x, arithmetic)
-        else:
-            factor = _factor(gram / size, steps, arithmetic) / jnp.sqrt(size)
-            x = x.multiply(factor, arithmetic.product)
-        return x.map(lambda part: part.astype(arithmetic.narrow)), None
+    def advance(x: jax.Array, group: Sequence[Step]) -> jax.Array:
+        factor = _factor(_Shifted(0.0, products.gram(x)), group, 1.0, products)
+        return _applied(factor, x, products).astype(products.dtype)
 
-    # Groups of equal length share a loop, which the compiler sees once.
-    start = 0
-    for length, equal in itertools.groupby(
-        groups(stack.small, stack.large, tuple(steps), arithmetic.narrow)
-    ):
-        stop = start + length * len(list(equal))
-        rows = jnp.asarray(np.array(steps[start:stop]), arithmetic.wide).reshape(-1, length, 3)
-        x, _ = jax.lax.scan(advance, x, (rows, start + jnp.arange(len(rows)) == 0))
-        start = stop
-    return x.map(lambda part: part.astype(stack.dtype))
+    if len(rest) > 1 and set(rest) == {1} and not _rounds(products.dtype):
+        # float32 products take TPUs' compiler long, and a loop around them costs nothing.
+        rows = jnp.asarray(np.array(steps[first:]), products.dtype)
+        x, _ = jax.lax.scan(lambda x, step: (advance(x, [step]), None), x, rows)
+        return x.astype(dtype)
+    for length in rest:
+        x = advance(x, steps[first : first + length])
+        first += length
+    return x.astype(dtype)
 
 
-def _largest_entry(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True, initial=0)
+def _applied(factor: _Shifted, x: jax.Array, products: Products) -> jax.Array:
+    new = products.times(factor.rest, x)
+    return factor.shift * x.astype(new.dtype) + new
+
+
+def _rounds(dtype: jnp.dtype) -> bool:
+    """Tells whether a dtype has fewer digits than float32."""
+    return bool(jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps)
 
 
 def _squared_norm(gram: jax.Array, schatten: int) -> jax.Array:
@@ -113,87 +152,63 @@ def _squared_norm(gram: jax.Array, schatten: int) -> jax.Array:
     return jnp.sqrt(jnp.sum(gram * gram, axis=(1, 2), keepdims=True))
 
 
-def _factor(gram: jax.Array, steps: jax.Array, arithmetic: Arithmetic) -> jax.Array:
+def _factor(gram: _Shifted, steps: Sequence[Step], shift: float, products: Products) -> _Shifted:
     """Computes `P`, a polynomial in the Gram matrix, for a group of steps.
 
     Args:
-        gram: `R`, of the divided matrices, `(batch, n, n)`.
-        steps: The group's coefficients, `(length, 3)`.
-        arithmetic: How to multiply.
+        gram: `R`, of the divided matrices.
+        steps: The group's coefficients.
+        shift: Where its eigenvalues are expected, 0 or 1.
+        products: How to multiply.
 
     Returns:
         The factors.
     """
-    identity = jnp.eye(gram.shape[1], dtype=gram.dtype)
     factor = None
-    for index, (a, b, c) in enumerate(steps):
-        polynomial = a * identity + b * gram + c * arithmetic.commuting(gram, gram)
-        factor = polynomial if factor is None else arithmetic.commuting(polynomial, factor)
+    for index, step in enumerate(steps):
+        if index or shift:
+            gram = gram.moved(1.0)
+        polynomial = gram.polynomial(step, products)
+        factor = polynomial if factor is None else polynomial.times(factor, products)
         if index < len(steps) - 1:
-            gram = arithmetic.commuting(arithmetic.commuting(polynomial, gram), polynomial)
+            gram = polynomial.times(gram, products).times(polynomial, products)
     assert factor is not None
     return factor
 
 
-def _centred_factor(gram: jax.Array, steps: jax.Array, arithmetic: Arithmetic) -> Centred:
-    """Computes the same with centred matrices, for factors that are rounded to few digits."""
-    x = Centred.of(jnp.zeros_like(gram[:, :1, :1]), gram)
-    factor = None
-    for index, (a, b, c) in enumerate(steps):
-        polynomial = x.polynomial(a, b, c, arithmetic)
-        factor = polynomial if factor is None else polynomial.commuting_product(factor, arithmetic)
-        if index < len(steps) - 1:
-            half = polynomial.commuting_product(x, arithmetic)
-            x = half.commuting_product(polynomial, arithmetic)
-    assert factor is not None
-    return factor
-
-
-@functools.cache
-def groups(rows: int, columns: int, steps: tuple[Step, ...], narrow: jnp.dtype) -> tuple[int, ...]:
+def groups(rows: int, columns: int, steps: int, dtype: jnp.dtype) -> list[int]:
     """Divides the steps into groups, such that the work is least and rounding stays harmless.
 
+    A group of k steps takes `2m + (4k − 3)n` units of work instead of `k (2m + n)`, so it pays if
+    `2m > 3n`, the more the longer it is.
+
     Args:
-        rows: The smaller side.
-        columns: The larger side.
-        steps: Coefficients `(a, b, c)`, first to last.
-        narrow: Dtype of the factors.
+        rows: The smaller side `n`.
+        columns: The larger side `m`.
+        steps: The number of steps.
+        dtype: Dtype of the factors.
 
     Returns:
         The number of steps in each group.
     """
-    if not steps:
-        return ()
-    rounding = float(jnp.finfo(narrow).eps)
-    best: tuple[int, ...] | None = None
-    for length in range(1, len(steps) + 1):
-        amplification = math.prod(a * a for a, _, _ in steps[: length - 1])
-        if length > 1 and rounding * amplification > _TOLERANCE:
-            break
-        division = (length, *groups(rows, columns, steps[length:], narrow))
-        if best is None or _work(rows, columns, division, narrow) < _work(
-            rows, columns, best, narrow
-        ):
-            best = division
-    assert best is not None
-    return best
+    if 2 * columns <= 3 * rows:
+        return [1] * steps
+    if _rounds(dtype):
+        return [2, *[1] * (steps - 2)] if steps > 1 else [1]
+    return [min(4, steps - start) for start in range(0, steps, 4)]
 
 
-def flops(rows: int, columns: int, steps: Sequence[Step], narrow: jnp.dtype) -> int:
+def flops(rows: int, columns: int, steps: int, dtype: jnp.dtype) -> int:
     """Counts the floating-point operations of the matrix products for one matrix.
 
     Args:
         rows: The smaller side.
         columns: The larger side.
-        steps: Coefficients `(a, b, c)`, first to last.
-        narrow: Dtype of the factors.
+        steps: The number of steps.
+        dtype: Dtype of the factors.
 
     Returns:
         Multiplications and additions.
     """
-    return _work(rows, columns, groups(rows, columns, tuple(steps), narrow), narrow)
-
-
-def _work(rows: int, columns: int, division: Sequence[int], narrow: jnp.dtype) -> int:
-    gram, square = (symmetric_flops(rows, inner, narrow) for inner in (columns, rows))
-    return sum(gram + (4 * length - 3) * square + 2 * rows * rows * columns for length in division)
+    units = (2 * columns + (4 * k - 3) * rows for k in groups(rows, columns, steps, dtype))
+    return sum(2 * rows * rows * unit for unit in units)

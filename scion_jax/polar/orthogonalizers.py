@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -18,48 +19,38 @@ from jax.typing import DTypeLike
 
 from scion_jax import numerics
 from scion_jax.distributed import sharding
-from scion_jax.distributed.bucketing import map_stacks
-from scion_jax.polar import hardware, newton_schulz
-from scion_jax.polar.arithmetic import Arithmetic
+from scion_jax.distributed.bucketing import in_chunks, map_buckets
+from scion_jax.polar import cpu
 from scion_jax.polar.coefficients import Step, resolve
-from scion_jax.polar.stack import Stack
+from scion_jax.polar.newton_schulz import Products, flops, newton_schulz
 
-_CHUNK_BYTES_CPU = 2**21
 _CHUNK_BYTES = 2**28
 
 
 class Orthogonalizer(abc.ABC):
     """What `Spectral` needs: polar factors of a stack of matrices."""
 
-    @property
-    def largest_chunk(self) -> int:
-        """Bytes of the matrices that are worked on at the same time (at least one matrix).
-
-        Longer stacks go through in chunks, so that temporary memory is bounded.
-        """
-        return _CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else _CHUNK_BYTES
-
-    def travel_dtype(self, dtype: DTypeLike) -> DTypeLike:
-        """Chooses what matrices may be rounded to when they travel between devices.
+    def communication_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """Chooses what matrices are cast to when they are stacked, to travel between devices.
 
         Args:
-            dtype: Dtype of the matrices, float32 or float64.
+            dtype: Dtype of the matrices.
 
         Returns:
-            A dtype of the same range; `dtype` itself unless a subclass says otherwise.
+            A dtype of at least the same range: `dtype`, or float32 if that is wider, unless a
+            subclass says otherwise.
         """
-        return dtype
+        return numerics.widest(dtype, jnp.float32)
 
     @abc.abstractmethod
-    def polar(self, stack: Stack) -> Stack:
+    def polar(self, matrices: jax.Array) -> jax.Array:
         """Maps each matrix `U Σ Vᵀ` to (about) `U Vᵀ`.
 
         Args:
-            stack: Matrices of one shape, lying or standing; float32 or float64. An implementation
-                that treats both alike is `stack.map(…)` of a function of `(batch, p, q)`.
+            matrices: Shape `(batch, n, m)` with n ≤ m, not empty, in the communication dtype.
 
         Returns:
-            The polar factors, of the same shapes and dtype. Zero gives zero; a matrix with a NaN or
+            The polar factors, of the same shape and dtype. Zero gives zero; a matrix with a NaN or
             an infinity gives NaN, the others are not touched by it.
         """
 
@@ -82,12 +73,11 @@ class NewtonSchulz(Orthogonalizer):
             `(a, b, c)` per step, used as given. A set that grows fast beyond σ = 1 needs a safety
             factor in low precision: `coefficients.with_safety`.
         steps: Number of steps; None means 4 for `"minimax"`, 5 for the other names, and the length
-            of a given sequence. After construction it is the number.
+            of a given sequence.
         compute_dtype: Dtype of the matrix products' factors; sums are taken in at least float32.
-            None means bfloat16 for float32 matrices where that is faster, on accelerators and on
-            x86 CPUs with AVX-512 BF16 (singular values then exceed 1 by up to 1e-2), and the
-            matrices' own dtype elsewhere and for float64. Processes of one program on different
-            kinds of CPUs have to state it.
+            None means float64 for float64 matrices, bfloat16 for all others (singular values then
+            exceed 1 by up to 0.005), except that CPUs without AVX-512 BF16 take float32: processes
+            of one program on different kinds of CPUs have to state it.
         schatten: Which Schatten norm is divided by: 2, the Frobenius norm, as published, or 4,
             which is closer to the largest singular value and leaves the others further from 0.
             None means 2 for `"quintic"` and given sequences, else 4.
@@ -101,7 +91,7 @@ class NewtonSchulz(Orthogonalizer):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> exact = NewtonSchulz(steps=8)
+        >>> exact = NewtonSchulz(steps=8, compute_dtype=jnp.float32)
         >>> orthogonalize(jnp.array([[3.0, 0.0], [0.0, -2.0]]), exact).round(3)
         Array([[ 1.,  0.],
                [ 0., -1.]], dtype=float32)
@@ -117,45 +107,29 @@ class NewtonSchulz(Orthogonalizer):
     chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        rows = resolve(self.coefficients, self.steps)
-        object.__setattr__(self, "steps", len(rows))
-        if not isinstance(self.coefficients, str):
-            object.__setattr__(self, "coefficients", rows)  # a list would not be hashable
+        resolve(self.coefficients, self.steps)
+        if not isinstance(self.coefficients, str):  # a list would not be hashable
+            object.__setattr__(self, "coefficients", resolve(self.coefficients, None))
         if self.compute_dtype is not None:
             dtype = jnp.dtype(self.compute_dtype)
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"compute_dtype must be a floating dtype; got {dtype}")
             object.__setattr__(self, "compute_dtype", dtype)
-        if self.schatten is None:
-            named = self.coefficients in ("minimax", "polar_express")
-            object.__setattr__(self, "schatten", 4 if named else 2)
-        if self.schatten not in (2, 4):
+        if self.schatten not in (2, 4, None):
             raise ValueError(f"schatten is 2 (Frobenius), 4, or None; got {self.schatten!r}")
         numerics.check_whole("chunk_bytes", self.chunk_bytes)
 
-    @property
-    def largest_chunk(self) -> int:
-        """Bytes of the matrices that are iterated at the same time; see `chunk_bytes`."""
-        return super().largest_chunk if self.chunk_bytes is None else self.chunk_bytes
+    def _factor_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """Chooses the compute dtype for matrices of a dtype."""
+        if self.compute_dtype is not None:
+            return jnp.dtype(self.compute_dtype)
+        return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.bfloat16)
 
-    def arithmetic(self, dtype: DTypeLike) -> Arithmetic:
-        """Chooses how matrices of a dtype, float32 or float64, are multiplied.
-
-        Args:
-            dtype: Dtype of the matrices.
-
-        Returns:
-            The dtypes of factors and sums.
-        """
-        narrow = self.compute_dtype
-        if narrow is None:
-            fast = jnp.dtype(dtype) == jnp.float32 and hardware.multiplies_bfloat16()
-            narrow = jnp.bfloat16 if fast else dtype
-        return Arithmetic(jnp.dtype(narrow), numerics.widest(narrow, jnp.float32))
-
-    def travel_dtype(self, dtype: DTypeLike) -> DTypeLike:
-        """Chooses bfloat16 if it is the compute dtype; float16 has a smaller range."""
-        return jnp.bfloat16 if self.arithmetic(dtype).narrow == jnp.bfloat16 else dtype
+    def communication_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """Chooses bfloat16 if it is the compute dtype; float64 reaches further, so it stays."""
+        wide = super().communication_dtype(dtype)
+        narrow = self._factor_dtype(dtype)
+        return narrow if narrow == jnp.bfloat16 and wide == jnp.float32 else wide
 
     def flops(self, rows: int, columns: int, dtype: DTypeLike = jnp.float32) -> int:
         """Counts the floating-point operations of the matrix products for one matrix.
@@ -166,24 +140,46 @@ class NewtonSchulz(Orthogonalizer):
             dtype: Dtype of the matrix.
 
         Returns:
-            Multiplications and additions.
+            Multiplications and additions; CPUs may save some.
 
         Example:
             >>> NewtonSchulz("quintic", 5).flops(128, 128) == 5 * 3 * 2 * 128**3
             True
         """
-        small, large = sorted((rows, columns))
-        steps = resolve(self.coefficients, self.steps)
-        return newton_schulz.flops(small, large, steps, self.arithmetic(dtype).narrow)
+        n, m = sorted((rows, columns))
+        return flops(n, m, len(resolve(self.coefficients, self.steps)), self._factor_dtype(dtype))
 
-    def polar(self, stack: Stack) -> Stack:
+    def polar(self, matrices: jax.Array) -> jax.Array:
         """Runs the iteration; see `Orthogonalizer.polar`."""
-        rows = resolve(self.coefficients, self.steps)
-        return _newton_schulz(stack, rows, self.schatten or 2, self.arithmetic(stack.dtype))
+        return _newton_schulz(matrices, self)
+
+    def _in_chunks(
+        self, matrices: jax.Array, products: Products, default_chunk_bytes: int
+    ) -> jax.Array:
+        steps = resolve(self.coefficients, self.steps)
+        published = self.coefficients not in ("minimax", "polar_express")
+        schatten = self.schatten or (2 if published else 4)
+        return in_chunks(
+            lambda x: newton_schulz(x, steps, schatten, products),
+            matrices,
+            self.chunk_bytes or default_chunk_bytes,
+        )
 
 
 # Compiled on its own, so that calls outside of jit do not compile the iteration anew each time.
-_newton_schulz = jax.jit(newton_schulz.newton_schulz, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=1)
+def _newton_schulz(matrices: jax.Array, method: NewtonSchulz) -> jax.Array:
+    dtype = method._factor_dtype(matrices.dtype)
+
+    def on_cpu(matrices: jax.Array) -> jax.Array:
+        chosen = dtype if method.compute_dtype else cpu.default_dtype(dtype)
+        products = cpu.CpuProducts(chosen)
+        return method._in_chunks(products.prepare(matrices), products, cpu.CHUNK_BYTES)
+
+    def elsewhere(matrices: jax.Array) -> jax.Array:
+        return method._in_chunks(matrices, Products(dtype), _CHUNK_BYTES)
+
+    return jax.lax.platform_dependent(matrices, cpu=on_cpu, default=elsewhere)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +196,13 @@ class ExactPolar(Orthogonalizer):
                [0., 0.]], dtype=float32)
     """
 
-    def polar(self, stack: Stack) -> Stack:
+    def polar(self, matrices: jax.Array) -> jax.Array:
         """Decomposes each matrix; see `Orthogonalizer.polar`."""
-        return stack.map(_exact_polar)
-
-
-def _exact_polar(matrices: jax.Array) -> jax.Array:
-    u, sigma, vt = jnp.linalg.svd(numerics.normalize(matrices, (1, 2)), full_matrices=False)
-    rounding = jnp.finfo(matrices.dtype).eps * max(matrices.shape[1:])
-    negligible = sigma <= rounding * jnp.max(sigma, axis=-1, keepdims=True)
-    u = u * jnp.where(negligible, 0, jnp.ones_like(sigma))[:, None, :]
-    return jnp.matmul(u, vt, precision=jax.lax.Precision.HIGHEST)
+        u, sigma, vt = jnp.linalg.svd(numerics.normalize(matrices, (1, 2)), full_matrices=False)
+        rounding = jnp.finfo(matrices.dtype).eps * max(matrices.shape[1:])
+        negligible = sigma <= rounding * jnp.max(sigma, axis=-1, keepdims=True)
+        u = u * jnp.where(negligible, 0, jnp.ones_like(sigma))[:, None, :]
+        return jnp.matmul(u, vt, precision=jax.lax.Precision.HIGHEST)
 
 
 def orthogonalize(matrix: jax.Array, orthogonalizer: Orthogonalizer | None = None) -> jax.Array:
@@ -241,32 +233,9 @@ def orthogonalize(matrix: jax.Array, orthogonalizer: Orthogonalizer | None = Non
         raise ValueError(f"orthogonalize needs matrices, (…, m, n); got shape {matrix.shape}")
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise TypeError(f"orthogonalize needs a floating dtype; got {matrix.dtype}")
+    orthogonalizer = orthogonalizer or NewtonSchulz()
     if not matrix.size:
         return jnp.asarray(matrix)
-    whole = numerics.at_least_float32(sharding.replicate(matrix))
-    stack = whole.reshape(-1, *matrix.shape[-2:])
-    (polar,) = orthogonalize_stacks([stack], orthogonalizer or NewtonSchulz())
+    whole = sharding.replicate(matrix).astype(orthogonalizer.communication_dtype(matrix.dtype))
+    (polar,) = map_buckets(orthogonalizer.polar, [whole.reshape(-1, *matrix.shape[-2:])])
     return sharding.shard_like(polar.reshape(matrix.shape).astype(matrix.dtype), matrix)
-
-
-def orthogonalize_stacks(
-    batches: Sequence[jax.Array], orthogonalizer: Orthogonalizer
-) -> list[jax.Array]:
-    """Orthogonalizes batches of matrices, those of one shape together.
-
-    Args:
-        batches: Arrays `(batch, m, n)`, float32 or float64, not split over Explicit mesh axes.
-        orthogonalizer: How.
-
-    Returns:
-        The polar factors, in the same order, shapes and dtypes.
-    """
-    return map_stacks(
-        lambda stack: stack if _empty(stack) else orthogonalizer.polar(stack),
-        batches,
-        orthogonalizer.largest_chunk,
-    )
-
-
-def _empty(stack: Stack) -> bool:
-    return not any(part.size for part in stack.parts)

@@ -13,43 +13,48 @@ values are equal; closer for any other spectrum). Nothing is random, so nothing 
 
 from __future__ import annotations
 
-import functools
-
 import jax
-import jax.numpy as jnp
 
 from scion_jax import numerics
-from scion_jax.polar.stack import Stack
-from scion_jax.polar.symmetric import symmetric_product
+from scion_jax.distributed.bucketing import in_chunks
+from scion_jax.polar import cpu
+from scion_jax.polar.newton_schulz import Products
 
 _SQUARINGS = 6
+_CHUNK_BYTES = 2**28
 
 
 @jax.jit
-def spectral_norm_bound(stack: Stack) -> jax.Array:
+def spectral_norm_bound(x: jax.Array) -> jax.Array:
     """Bounds the largest singular value of each matrix from above.
 
     Args:
-        stack: Matrices of one shape, float32 or float64.
+        x: Shape `(batch, n, m)` with n ≤ m, not empty, float32 or float64.
 
     Returns:
-        Shape `(batch,)`, the lying matrices first: between `σ_max` and `n^(1/256) σ_max`, up to
-        rounding, for `n` the smaller side. Zero for zero.
+        Shape `(batch,)`: between `σ_max` and `n^(1/256) σ_max`, up to rounding. Zero for zero.
     """
-    norm = functools.partial(numerics.vector_norm, axes=(1, 2))
-    size = jnp.concatenate([norm(part) for part in stack.parts])
-    x = stack.map(jnp.divide, stack.split(numerics.nonzero(size)))
+
+    def in_pieces(x: jax.Array, products: Products, chunk_bytes: int) -> jax.Array:
+        return in_chunks(lambda x: _bound(x, products), x, chunk_bytes)
+
+    # Products in the dtype of `x`: a bound that rounding makes low is none.
+    return jax.lax.platform_dependent(
+        x,
+        cpu=lambda x: in_pieces(x, cpu.CpuProducts(x.dtype), cpu.CHUNK_BYTES),
+        default=lambda x: in_pieces(x, Products(x.dtype), _CHUNK_BYTES),
+    )
+
+
+def _bound(x: jax.Array, products: Products) -> jax.Array:
+    bound = numerics.vector_norm(x, (1, 2))
     # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range. The powers of the
     # divisors multiply up to the norm sought: each counts half as much as the one before it.
-    # Full precision on accelerators too: a bound that rounding makes low is none.
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    symmetric = functools.partial(symmetric_product, product=product)
-    power = x.gram(symmetric)
-    bound = size
+    power = products.gram(x / numerics.nonzero(bound))
     for k in range(_SQUARINGS + 1):
-        scale = norm(power)
+        scale = numerics.vector_norm(power, (1, 2))
         bound = bound * scale ** (1 / 2 ** (k + 1))
         if k < _SQUARINGS:
             power = power / numerics.nonzero(scale)
-            power = symmetric(power, power)
-    return jnp.reshape(bound, bound.shape[:1])
+            power = products.commuting(power, power)
+    return bound[:, 0, 0]
