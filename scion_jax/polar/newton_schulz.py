@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def newton_schulz(
     factor = _factor(_Shifted(0.0, gram / size), steps[:first], 0.0, products)
     x = (_applied(factor, x, products) / jnp.sqrt(size)).astype(products.dtype)
 
-    def advance(x: jax.Array, group: Sequence[Step]) -> jax.Array:
+    def advance(x: jax.Array, group: Sequence[Any]) -> jax.Array:
         factor = _factor(_Shifted(0.0, products.gram(x)), group, 1.0, products)
         return _applied(factor, x, products).astype(products.dtype)
 
