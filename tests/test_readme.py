@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import scion_jax
 from scion_jax import Spectral, clipped_scion
 
 pytestmark = pytest.mark.fast
@@ -25,17 +26,23 @@ def test_flax_example():
     class Network(nnx.Module):
         def __init__(self, rngs):
             self.embed = nnx.Embed(16, 32, rngs=rngs)
-            self.hidden = nnx.Linear(32, 64, rngs=rngs)
-            self.head = nnx.Linear(64, 16, rngs=rngs, use_bias=False)
+            self.attention = nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs)
+            self.norm = nnx.LayerNorm(32, rngs=rngs)
+            self.hidden = nnx.Linear(32, 32, rngs=rngs)
+            self.head = nnx.Linear(32, 16, rngs=rngs, use_bias=False)
 
         def __call__(self, tokens):
-            return self.head(jax.nn.relu(self.hidden(self.embed(tokens))))
+            x = self.embed(tokens)
+            x = x + self.attention(x[:, None])[:, 0]
+            return self.head(jax.nn.relu(self.hidden(self.norm(x))))
 
     def loss_of(model, tokens):
         logits, following = model(tokens), (3 * tokens + 1) % 16
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, following).mean()
 
+    public = {name: getattr(scion_jax, name) for name in dir(scion_jax) if name[0] != "_"}
     names = {"Network": Network, "loss_of": loss_of, "batches": [jnp.arange(16)] * 40}
+    names |= public | {"jax": jax, "nnx": nnx}
     example = blocks()[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
     exec(example, names)
@@ -52,7 +59,7 @@ def test_choosing_rho(capsys):
         "params": params,
         "gradients": params,
     }
-    exec(blocks()[1], names)
+    exec(blocks()[2], names)
     pairing, factor = capsys.readouterr().out.split()
     assert float(pairing) > 0
     assert float(factor) == 1
@@ -60,7 +67,7 @@ def test_choosing_rho(capsys):
 
 def test_own_norm():
     names = {}
-    exec(blocks()[2], names)
+    exec(blocks()[3], names)
     norm = names["EntrySum"](3.0, layout="bio")
     d = jax.random.normal(jax.random.key(0), (2, 3, 4))
     v = norm.lmo(d)
