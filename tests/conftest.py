@@ -2,13 +2,9 @@
 
 import os
 
+# Dtypes and the compiler's optimization are the defaults: what users run.
 os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        # Most of the time goes into compiling programs that run once.
-        "--xla_backend_optimization_level=0",
-    ]
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -16,12 +12,7 @@ import hypothesis
 import jax
 import pytest
 
-from scion_jax.polar import cpu
-
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-# The same results on every CPU: bfloat16 is for the tests that ask for it.
-cpu.multiplies_bfloat16 = lambda: False
 
 hypothesis.settings.register_profile(
     "deterministic",

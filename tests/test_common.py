@@ -356,7 +356,8 @@ def test_clipping_the_gradient_first_changes_nothing_at_first(name):
     params = gaussian_tree(0)
     optimizer = optax.chain(optax.clip_by_global_norm(1e-3), build(case))
     updates, _ = optimizer.update(params, optimizer.init(params), params)
-    close(updates, build(case).update(params, build(case).init(params), params)[0])
+    expected, _ = build(case).update(params, build(case).init(params), params)
+    assert_close(updates, expected, atol=0.05 * 3 * 2**-7)  # γ · radius, to a digit of bfloat16
 
 
 @every_optimizer

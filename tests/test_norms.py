@@ -61,7 +61,8 @@ ARRAYS = [
 ]
 
 
-def make(name, options, layout, exact=False, compute_dtype=None):
+def make(name, options, layout, exact=False, compute_dtype=jnp.float32):
+    """Builds a norm, that iterates in float32 unless the test is about the default's rounding."""
     options = dict(options)
     if name in ITERATED:
         options["orthogonalizer"] = (
@@ -130,11 +131,12 @@ def test_feasibility_and_attainment(name, options, data, seed, radius):
 
 @iterated
 @given(data=st.data(), seed=seeds)
-def test_feasibility_in_bfloat16_iterations(name, data, seed):
+def test_feasibility_by_default(name, data, seed):
+    """In bfloat16, and on a CPU without it at least as good."""
     layout, shape = data.draw(st.sampled_from(arrays_for(name)))
     d = jnp.asarray(gaussian(shape, seed), jnp.float32)
-    result = measured(make(name, {}, layout, compute_dtype=jnp.bfloat16))(d, 3.0)
-    assert float(result["gauge of lmo"]) <= 1 + 1e-2
+    result = measured(make(name, {}, layout, compute_dtype=None))(d, 3.0)
+    assert float(result["gauge of lmo"]) <= 1.005
     assert float(result["pairing"]) >= 0.8 * float(result["dual_norm"])
 
 
