@@ -37,7 +37,7 @@ import optax
 
 from block_trees import COMPARED, OURS, PEER, array_bytes, block_shapes
 from gpt_data import BYTE_VOCABULARY
-from gpt_optimizers import OPTIMIZERS, Recipe, layer_norms, learning_rate_schedule, param_labels
+from gpt_optimizers import OPTIMIZERS, Recipe, layer_labels, layer_norms, learning_rate_schedule
 from gpt_settings import Settings, parse_settings
 from gpt_training import TrainState, make_loss, make_model, make_steps
 from reporting import Record, make_parser, markdown, record, report
@@ -78,13 +78,13 @@ def _with_accumulator(build: Callable[[Recipe], optax.GradientTransformation]) -
 
 def _scion(dtype: Any) -> Optimizer:
     return _with_accumulator(
-        lambda recipe: scion(recipe.schedule, recipe.norms, param_labels, momentum_dtype=dtype)
+        lambda recipe: scion(recipe.schedule, recipe.norms, recipe.labels, momentum_dtype=dtype)
     )
 
 
 def _scion_light(dtype: Any) -> Optimizer:
     return lambda recipe, microbatches: scion_light(
-        recipe.schedule, recipe.norms, param_labels, momentum_dtype=dtype, every_k=microbatches
+        recipe.schedule, recipe.norms, recipe.labels, momentum_dtype=dtype, every_k=microbatches
     )
 
 
@@ -121,7 +121,8 @@ def make_step(settings: Settings, name: str, microbatches: int) -> tuple[Callabl
         A function of a state and the tokens of some steps, and the state's shapes.
     """
     logits, params = make_model(settings, BYTE_VOCABULARY)
-    recipe = Recipe(learning_rate_schedule(settings), layer_norms(settings), settings)
+    norms, labels = layer_norms(settings), layer_labels(settings)
+    recipe = Recipe(learning_rate_schedule(settings), norms, labels, settings)
     optimizer = CASES[name](recipe, microbatches)
     state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), params)
     return make_steps(make_loss(logits), optimizer, microbatches), state

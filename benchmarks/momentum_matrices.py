@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from gpt_data import load_corpus
-from gpt_optimizers import OPTIMIZERS, param_labels
+from gpt_optimizers import OPTIMIZERS, layer_labels
 from gpt_settings import Settings, parse_settings
 from gpt_training import make_trainer
 
@@ -69,7 +69,7 @@ def hidden_averages(settings: Settings) -> dict[str, np.ndarray[Any, Any]]:
     average = optax.tree.get(state.optimizer, "average")
     if average is None:
         raise ValueError(f"{settings.optimizer} keeps no average of gradients")
-    labels = jax.tree.leaves(param_labels(state.params))
+    labels = jax.tree.leaves(layer_labels(settings)(state.params))
     leaves, _ = jax.tree_util.tree_flatten_with_path(average)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float32)

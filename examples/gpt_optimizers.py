@@ -35,9 +35,6 @@ DECAYED_PART = 0.285  # of all steps, at the end, as in the published nanoGPT ru
 
 NEVER_CLIPS = 1e-30  # a ρ below every pairing
 
-# The role of each matrix by its path; the first pattern that matches decides.
-param_labels = label_by_path([("^embedding", "embedding"), ("^head", "head"), ("", "hidden")])
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -46,12 +43,14 @@ class Recipe:
     Attributes:
         schedule: The learning rate by step.
         norms: The norm of each label (scion family).
+        labels: The label of each parameter.
         settings: The momentum, ρ and the weight decay among others.
         shard_over: The mesh axes over which LMOs are shared out (scion family), or None.
     """
 
     schedule: optax.Schedule
     norms: Mapping[str, Norm]
+    labels: Callable[[optax.Params], Any]
     settings: Settings
     shard_over: tuple[str, ...] | None = None
 
@@ -80,7 +79,7 @@ def _of_family(
     return optimizer(
         recipe.schedule,
         recipe.norms,
-        param_labels,
+        recipe.labels,
         momentum=recipe.settings.momentum,
         shard_over=recipe.shard_over,
         **options,
@@ -129,7 +128,7 @@ def _muon(recipe: Recipe) -> optax.GradientTransformation:
     def dimension_numbers(params: optax.Params) -> Any:
         return jax.tree.map(
             lambda label: MuonDimensionNumbers() if label == "hidden" else None,
-            param_labels(params),
+            recipe.labels(params),
         )
 
     return muon(
@@ -157,6 +156,12 @@ OPTIMIZERS: dict[str, Choice] = {
     "adamw": Choice(_adamw, False, {"learning_rate": 0.004}),
     "muon": Choice(_muon, False, {"learning_rate": 0.02}),
 }
+
+
+def layer_labels(settings: Settings) -> Callable[[optax.Params], Any]:
+    """Returns the role of each matrix by its path; the first pattern that matches decides."""
+    head = [] if settings.tied else [("^head", "head")]
+    return label_by_path([("^embedding", "embedding"), *head, ("", "hidden")])
 
 
 def layer_norms(settings: Settings) -> dict[str, Norm]:
@@ -202,11 +207,12 @@ def prepare(
         The optimizer and the initial parameters.
     """
     choice = OPTIMIZERS[settings.optimizer]
-    norms = layer_norms(settings)
-    recipe = Recipe(learning_rate_schedule(settings), norms, settings, spread_axes(settings.mesh))
+    norms, labels = layer_norms(settings), layer_labels(settings)
+    schedule, axes = learning_rate_schedule(settings), spread_axes(settings.mesh)
+    recipe = Recipe(schedule, norms, labels, settings, axes)
     optimizer = choice.build(recipe)
     if settings.accumulate > 1 and not choice.accumulates:
         optimizer = optax.MultiSteps(optimizer, settings.accumulate).gradient_transformation()
     if choice.starts_on_ball:
-        params = init_params(jax.random.key(settings.seed), params, norms, param_labels)
+        params = init_params(jax.random.key(settings.seed), params, norms, labels)
     return optimizer, params

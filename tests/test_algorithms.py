@@ -205,3 +205,16 @@ def test_twenty_steps(x64, monkeypatch, build, restatement, options):
     if "rho" in options:
         assert any(f < 1 for f in factors)
         assert any(f == 1 for f in factors)
+
+
+def test_short_step_by_its_own_bound(x64):
+    """With the bound that users get: never longer than by exact norms, and hardly shorter."""
+    optimizer = clipped_scion(0.1, our_norms(), LABELS, rho=1e3, short_step=True, momentum=1.0)
+    params = jax.tree.map(jnp.asarray, on_the_ball())
+    for seed in range(5):
+        d = gaussian(seed)
+        w = combine(lambda x, v: x + v, on_the_ball(), lmo(d))
+        exact = pairing(d, w) / (1e3 * norm(w) ** 2)
+        _, state = optimizer.update(jax.tree.map(jnp.asarray, d), optimizer.init(params), params)
+        factor = float(optax.tree.get(state, "factor"))
+        assert 0.98 * exact <= factor <= (1 + 1e-9) * exact

@@ -9,8 +9,10 @@ import pytest
 from scion_jax import (
     Auto,
     Euclidean,
+    RowNorm,
     Sign,
     Spectral,
+    SpectralConv,
     clip_by_pairing,
     clipped_scion,
     init_params,
@@ -112,10 +114,23 @@ def test_spectral_norm_bound(rows):
         assert np.all(bound <= exact * rows ** (1 / 256) * (1 + 1e-5))
 
 
-@pytest.mark.parametrize("norm", [Spectral(3.0), Auto(3.0), Sign(2.0)])
-def test_gauge_bounds_are_gauges_from_above(norm):
+MATRICES = [(8, 12), (12, 8), (4, 4), (0, 3)]
+BOUNDED = [
+    (Spectral(3.0), MATRICES),
+    (Auto(3.0), MATRICES),
+    (Sign(2.0), MATRICES),
+    (Spectral(3.0, max=True, layout="oi"), MATRICES),
+    (Spectral(2.0, normalized=False, layout="io[2]"), MATRICES[:3]),
+    (Spectral(2.0, layout="i[5,3]o"), [(8, 12)]),
+    (SpectralConv(3.0), [(3, 3, 4, 6), (1, 5, 6, 4), (3, 4, 4)]),
+    (Spectral(2.0, layout="bio"), [(3, 4, 6), (2, 6, 4)]),
+    (RowNorm(2.0, layout="ssio"), [(3, 3, 4, 6)]),
+]
+
+
+@pytest.mark.parametrize(("norm", "shapes"), BOUNDED)
+def test_gauge_bounds_are_gauges_from_above(norm, shapes):
     rng = np.random.default_rng(0)
-    shapes = [(8, 12), (12, 8), (4, 4), (0, 3)]
     xs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
     for x, bound in zip(xs, bounds_of(norm, xs), strict=True):
         exact = float(norm.gauge(x))

@@ -205,7 +205,14 @@ def test_state_can_be_donated(case, wrap):
         return optax.apply_updates(params, updates), state
 
     for k in range(2):
+        donated = params
         params, state = step(params, state, gaussian_tree(k))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+    kept, kept_state = gaussian_tree(0), optimizer.init(gaussian_tree(0))
+    for k in range(2):
+        updates, kept_state = optimizer.update(gaussian_tree(k), kept_state, kept)
+        kept = optax.apply_updates(kept, updates)
+    close((params, state), (kept, kept_state))
 
 
 @every_optimizer
@@ -357,7 +364,8 @@ def test_clipping_the_gradient_first_changes_nothing_at_first(name):
     optimizer = optax.chain(optax.clip_by_global_norm(1e-3), build(case))
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     expected, _ = build(case).update(params, build(case).init(params), params)
-    assert_close(updates, expected, atol=0.05 * 3 * 2**-7)  # γ · radius, to a digit of bfloat16
+    # γ · radius, to what two roundings of bfloat16 differ by.
+    assert_close(updates, expected, atol=0.05 * 3 * 2**-6)
 
 
 @every_optimizer

@@ -198,7 +198,7 @@ def test_microbatches_make_the_steps_of_their_batch(name):
     assert progress.shown.keys() == expected.shown.keys()
     for shown, values in expected.shown.items():
         np.testing.assert_allclose(progress.shown[shown], values, rtol=1e-4)
-    labels = gpt_optimizers.param_labels(whole.params)
+    labels = gpt_optimizers.layer_labels(make_trainer(*flags)[1])(whole.params)
     leaves = map(jax.tree.leaves, (labels, split.params, whole.params))
     for label, one, other in zip(*leaves, strict=True):
         # A sign may flip where the gradient is nothing but rounding.
@@ -210,7 +210,7 @@ def test_microbatches_make_the_steps_of_their_batch(name):
 def test_tied_and_untied_roles(tied):
     trainer, settings = make_trainer("--tied") if tied else make_trainer()
     params = trainer.initial.params
-    labels = gpt_optimizers.param_labels(params)
+    labels = gpt_optimizers.layer_labels(settings)(params)
     assert labels["embedding"]["embedding"] == "embedding"
     assert set(jax.tree.leaves(labels["blocks"])) == {"hidden"}
     assert ("head" in params) is not tied

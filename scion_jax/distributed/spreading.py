@@ -177,10 +177,11 @@ def _spread(
     def stacked(group: list[int], multiple: int = 1) -> jax.Array:
         parts = [stacks[index].astype(dtypes[index]) for index in group]
         missing = -sum(part.shape[0] for part in parts) % multiple
-        if missing and jax.typeof(parts[0]).sharding.spec[0] is not None:
-            parts = [sharding.replicate(part) for part in parts]
-        zeros = jnp.zeros_like(jax.lax.slice_in_dim(parts[0], 0, 1))
-        return joined([*parts, *[zeros] * missing])
+        if missing:
+            if jax.typeof(parts[0]).sharding.spec[0] is not None:
+                parts = [sharding.replicate(part) for part in parts]
+            parts += [jnp.zeros_like(jax.lax.slice_in_dim(parts[0], 0, 1))] * missing
+        return joined(parts)
 
     results: list[jax.Array] = list(stacks)
     everywhere = route.run_everywhere if route else run_here
