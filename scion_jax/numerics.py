@@ -55,7 +55,7 @@ def check_floating(leaf: Any, name: str) -> None:
 
 def at_least_float32(array: jax.Array) -> jax.Array:
     """Casts float16 and bfloat16 to float32; leaves float32 and float64 alone."""
-    return array.astype(widest(array.dtype, jnp.float32))
+    return jnp.asarray(array, widest(array.dtype, jnp.float32))
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -130,9 +130,10 @@ def _in_one_pass(array: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ja
     large = sum_of_squares(jnp.where(is_large, array * (1 / power), 0))
     middle = sum_of_squares(jnp.where(is_large | is_small, 0, array))  # NaN too
     small = sum_of_squares(jnp.where(is_small, array * power, 0))
-    # What the next smaller ones add. Roots are scaled, since squares would underflow.
-    large_and_middle = jnp.sqrt(large + (jnp.sqrt(middle) * (1 / power)) ** 2)
-    middle_and_small = jnp.sqrt(middle + (jnp.sqrt(small) * (1 / power)) ** 2)
+    # What the next smaller ones add. Not by the square of a scaled root: compilers make a product
+    # of the two scales of it, which underflows.
+    large_and_middle = jnp.hypot(jnp.sqrt(large), jnp.sqrt(middle) * (1 / power))
+    middle_and_small = jnp.hypot(jnp.sqrt(middle), jnp.sqrt(small) * (1 / power))
     root = jnp.where(middle == 0, jnp.sqrt(small), middle_and_small)
     unit = jnp.where(middle == 0, jnp.full_like(large, 1 / power), 1)
     root = jnp.where(large > 0, large_and_middle, root)

@@ -8,16 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("flax")
-pytest.importorskip("matplotlib")
-pytest.importorskip("orbax.checkpoint")
-pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import jax
 
 import gpt
 import gpt_data

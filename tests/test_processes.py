@@ -13,8 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("orbax.checkpoint")
-
 import process_worker
 from process_worker import EVERY, OPTIMIZERS, STEPS, Training, open_checkpoints, restore
 
