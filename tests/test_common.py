@@ -502,7 +502,8 @@ def test_explicit_mesh(case):
 
     with jax.set_mesh(mesh):
         for array in (np.zeros((2, 8, 4), np.float16), values):
-            expected = last_updates(jnp.asarray(array), lambda function: function)
+            whole = jax.device_put(array, PartitionSpec())
+            expected = last_updates(whole, lambda function: function)
             for transform in (lambda function: function, jax.jit):
                 updates = last_updates(jax.device_put(array, split), transform)
                 np.testing.assert_allclose(updates, expected, atol=2e-3)

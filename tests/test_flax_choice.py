@@ -271,7 +271,7 @@ def test_axes_of_stacks(model, layouts):
 
 
 def test_names_of_axes_tell():
-    named = {"kernel_metadata": {"out_sharding": (None, None)}, "use_bias": False}
+    named = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, None))
 
     @nnx.split_rngs(splits=4)
     @nnx.vmap(
@@ -279,7 +279,7 @@ def test_names_of_axes_tell():
         transform_metadata={nnx.PARTITION_NAME: "layers"},
     )
     def make(rngs):
-        return nnx.Linear(4, 4, **named, rngs=rngs)
+        return nnx.Linear(4, 4, use_bias=False, kernel_init=named, rngs=rngs)
 
     with nnx.use_eager_sharding(False):
         norms, _ = flax_norms(make(nnx.Rngs(0)), last={})

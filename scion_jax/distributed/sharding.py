@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from scion_jax.distributed import compatibility
+
 
 def replicate(array: jax.Array) -> jax.Array:
     """Gathers an array whose type says that it is split over Explicit mesh axes."""
@@ -65,7 +67,7 @@ def may_be_split(array: jax.Array) -> bool:
 
 def varying(array: jax.Array) -> frozenset[str]:
     """Names the mapped axes over which an array varies; none outside of `shard_map`."""
-    return frozenset(jax.typeof(array).manual_axis_type.varying)
+    return compatibility.varying_axes(array)
 
 
 def across_devices(

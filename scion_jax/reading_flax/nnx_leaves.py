@@ -136,5 +136,7 @@ def _is_floating(value: Any) -> bool:
 
 
 def _axis_names(variable: nnx.Variable[Any]) -> tuple[Any, ...]:
-    names = variable.get_metadata().get("out_sharding")
+    metadata = variable.get_metadata()
+    # The second is what Flax before 0.12.4 calls it.
+    names = metadata.get("out_sharding", metadata.get("sharding_names"))
     return tuple(names) if isinstance(names, tuple | list) else ()
