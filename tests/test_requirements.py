@@ -1,0 +1,33 @@
+"""The oldest versions that pyproject.toml allows are those that .ci/run tests with."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def versions(requirements, operator):
+    """Maps names to versions, of the requirements that have the form `name operator version`."""
+    pairs = [re.fullmatch(rf"(\w+){operator}([\d.]+)", text.strip()) for text in requirements]
+    return dict(pair.groups() for pair in pairs if pair)
+
+
+OLDEST = versions([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["flax"]], ">=")
+
+
+def test_constraints_are_the_lower_bounds():
+    assert OLDEST.keys() == {"jax", "optax", "flax"}
+    constraints = versions((ROOT / ".ci" / "oldest.txt").read_text().splitlines(), "==")
+    assert constraints == {**OLDEST, "jaxlib": OLDEST["jax"]}
+
+
+@pytest.mark.parametrize("name", ["JAX", "Optax", "Flax"])
+def test_the_readme_states_them(name):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{name} ({OLDEST[name.lower()]} or later)" in readme
