@@ -16,6 +16,7 @@ REFERENCE ?=
 TEST_JOBS ?= auto
 
 python := $(VENV)/bin/python
+comma := ,
 
 # install EXTRA: the library, editable, with one of pyproject.toml's extras.
 define install
@@ -24,12 +25,12 @@ define install
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 endef
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-slow lint bench clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    train a small GPT with Scion on text that this machine has (under 4 minutes)"
-	@echo "make test    run the tests (but the slow ones: PYTEST_ARGS='-m slow')"
+	@echo "make test    run the tests but the slow ones; those: make test-slow"
 	@echo "make lint    ruff check, ruff format --check, pyright"
 	@echo "make bench   measure time, memory and accuracy; see benchmarks/README.md"
 	@echo "make clean   remove the virtual environments, caches and build outputs"
@@ -41,6 +42,10 @@ demo: $(VENV)/.installed-examples
 
 test: $(VENV)/.installed-test
 	@$(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
+
+# The tests left out of `test`; .ci/nightly runs them.
+test-slow: $(VENV)/.installed-compiled
+	@$(python) -m pytest -m slow --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "ruff check"
@@ -70,7 +75,7 @@ $(python):
 
 # Stamps. Each extra contains the one before, so installing it settles that one too.
 # They say nothing once the interpreter is gone.
-stamps := $(addprefix $(VENV)/.installed-,examples test dev)
+stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled)
 ifneq ($(shell test -x $(python) && echo yes),yes)
 .PHONY: $(stamps)
 endif
@@ -82,6 +87,11 @@ $(VENV)/.installed-examples: pyproject.toml | $(python)
 $(VENV)/.installed-test: pyproject.toml | $(python)
 	$(call install,test)
 	@touch $(VENV)/.installed-examples $@
+
+# The tests, and the TPU's compiler for benchmarks/compiled.py and its test.
+$(VENV)/.installed-compiled: pyproject.toml | $(python)
+	$(call install,test$(comma)compiled)
+	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(python)
 	$(call install,dev)
