@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import muon
 
 from gpt_mesh import spread_axes
 from gpt_settings import Settings
@@ -124,19 +124,10 @@ def _adamw(recipe: Recipe) -> optax.GradientTransformation:
 
 def _muon(recipe: Recipe) -> optax.GradientTransformation:
     """Muon on the hidden matrices, Adam with a smaller step on embedding and head."""
-
-    def dimension_numbers(params: optax.Params) -> Any:
-        return jax.tree.map(
-            lambda label: MuonDimensionNumbers() if label == "hidden" else None,
-            recipe.labels(params),
-        )
-
-    return muon(
-        recipe.schedule,
-        adam_learning_rate=lambda step: 0.15 * recipe.schedule(step),
-        weight_decay=recipe.settings.weight_decay,
-        muon_weight_dimension_numbers=dimension_numbers,
-    )
+    adam = optax.adam(lambda step: 0.15 * recipe.schedule(step), nesterov=True)
+    hidden = muon(recipe.schedule, weight_decay=recipe.settings.weight_decay)
+    parts = {label: hidden if label == "hidden" else adam for label in recipe.norms}
+    return optax.multi_transform(parts, recipe.labels)
 
 
 # In the scion family, the learning rate times the radius is the step; a constrained optimizer needs
