@@ -29,8 +29,8 @@ class Cnn(nnx.Module):
     def __init__(self, rngs):
         widths = [(1, 16), (16, 32), (32, 32)]
         self.convs = nnx.List([nnx.Conv(*w, (3, 3), use_bias=False, rngs=rngs) for w in widths])
-        # Statistics of the last tenth of so short a run; Flax's 0.99 would still hold the start's.
-        self.norms = nnx.List([nnx.BatchNorm(out, momentum=0.9, rngs=rngs) for _, out in widths])
+        # airbench's momentum; after so few steps Flax's 0.99 would still hold the start's.
+        self.norms = nnx.List([nnx.BatchNorm(out, momentum=0.6, rngs=rngs) for _, out in widths])
         self.head = nnx.Linear(32, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -50,7 +50,7 @@ def digits():
 def accuracy(make, algorithm):
     images, classes = digits()
     model = make(nnx.Rngs(0))
-    norms, labels = flax_norms(model, hidden=Spectral(8.0), last={"head": Sign(128.0)})
+    norms, labels = flax_norms(model, hidden=Spectral(8.0), last={"head": Sign(32.0)})
     params = nnx.state(model, nnx.Param)
     nnx.update(model, init_params(jax.random.key(1), params, norms, labels))
     optimizer = nnx.Optimizer(model, algorithm(LEARNING_RATE, norms, labels), wrt=nnx.Param)
