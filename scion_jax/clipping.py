@@ -8,7 +8,6 @@ so that this is gradient clipping; in the constrained case it is the Frank–Wol
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -105,10 +104,10 @@ def clip_by_pairing(
         ws = structure.flatten_up_to(directions)
         local = [numerics.inner_product(d, w).astype(dtype) for d, w in zip(ds, ws, strict=True)]
         pairings = sharding.across_devices(jax.lax.psum, local)
-        # Hardly ever does a leaf climb, and lengths are several reductions for every leaf.
-        climbs = jnp.any(jnp.stack([jnp.zeros([], dtype), *pairings]) < 0)
-        level = functools.partial(_level, dtype)
-        ws, gains = jax.lax.cond(climbs, level, lambda ds, ws, ps: (ws, ps), ds, ws, pairings)
+        lengths = _lengths([*ds, *ws], dtype)
+        d_lengths, w_lengths = lengths[: len(ds)], lengths[len(ds) :]
+        ws = [_without_climb(*leaf) for leaf in zip(ds, ws, pairings, d_lengths, strict=True)]
+        gains = [_gain(*leaf) for leaf in zip(pairings, d_lengths, w_lengths, strict=True)]
         directions = jax.tree.unflatten(structure, ws)
         pairing = sum(pairings, jnp.zeros([], dtype))
         gain = sum(gains, jnp.zeros([], dtype))
@@ -123,17 +122,6 @@ def clip_by_pairing(
         return directions, ClipByPairingState(count, pairing, factor, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _level(
-    dtype: jnp.dtype, ds: list[jax.Array], ws: list[jax.Array], pairings: list[jax.Array]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Takes out of every leaf what climbs; returns the directions and what each counts."""
-    lengths = _lengths([*ds, *ws], dtype)
-    d_lengths, w_lengths = lengths[: len(ds)], lengths[len(ds) :]
-    gains = [_gain(*leaf) for leaf in zip(pairings, d_lengths, w_lengths, strict=True)]
-    level = [_without_climb(*leaf) for leaf in zip(ds, ws, pairings, d_lengths, strict=True)]
-    return level, gains
 
 
 def _lengths(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
