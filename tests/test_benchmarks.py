@@ -34,7 +34,6 @@ def buffer_bytes(tree):
     return block_trees.array_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.ndim])
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "plain", "accumulated"),
     [
@@ -94,7 +93,6 @@ def test_growth_of_temporaries_is_in_sizes_of_a_layers_updates():
     assert memory.growth(temporaries, 8) == pytest.approx(3)
 
 
-@pytest.mark.fast
 def test_temporaries_are_those_of_the_update():
     def update(updates, state, params=None):
         del params
@@ -107,7 +105,6 @@ def test_temporaries_are_those_of_the_update():
     assert temporaries >= 4 * (64 * 64)  # of the largest square at least
 
 
-@pytest.mark.fast
 def test_memory_reports_both_tables(tmp_path, monkeypatch, capsys):
     usage = memory.Usage(2**20, 2**20, 2**20, 3 * 2**20)
     monkeypatch.setattr(memory, "measure", lambda settings, name, microbatches: usage)
@@ -132,7 +129,6 @@ def read_records(path):
     return found
 
 
-@pytest.mark.fast
 def test_each_call_has_its_turn_in_every_round():
     turns = []
     calls = {name: lambda name=name: turns.append(name) or len(turns) for name in "abc"}
@@ -144,7 +140,6 @@ def test_each_call_has_its_turn_in_every_round():
         assert [turns[number - 1] for number in numbers] == [name] * 20
 
 
-@pytest.mark.fast
 def test_first_call_is_not_timed(monkeypatch):
     made = []
     times = reporting.alternating_times({"a": lambda: made.append(0)}, 3)
@@ -155,7 +150,6 @@ def test_first_call_is_not_timed(monkeypatch):
     assert reporting.seconds(lambda: jnp.ones(1)) == 2.5
 
 
-@pytest.mark.fast
 def test_ratio_is_ours_to_the_peers():
     line = reporting.record("time", "case", 1.0, "peer", 4.0, "ms")
     assert set(line) == FIELDS
@@ -163,7 +157,6 @@ def test_ratio_is_ours_to_the_peers():
     assert reporting.record("time", "case", 1.0, "peer", 0.0, "ms")["ratio"] is None
 
 
-@pytest.mark.fast
 def test_a_median_needs_three_rounds(capsys):
     parser = reporting.make_parser("", rounds=7)
     assert parser.parse_args([]).rounds == 7
@@ -172,13 +165,11 @@ def test_a_median_needs_three_rounds(capsys):
     assert "at least 3" in capsys.readouterr().err
 
 
-@pytest.mark.fast
 def test_heading_names_the_machine():
     line = reporting.machine()
     assert all(part in line for part in ("cores", "device cpu", jax.__version__))
 
 
-@pytest.mark.fast
 def test_block_tree_has_the_matrices_of_gpt2():
     tree = block_trees.block_shapes(3, 8)
     assert len(tree) == 3
@@ -190,7 +181,6 @@ def test_block_tree_has_the_matrices_of_gpt2():
     assert jnp.std(drawn["layer0"]["expand"]) == pytest.approx(1, abs=0.2)
 
 
-@pytest.mark.fast
 def test_necessary_work_is_that_of_every_matrix():
     method = NewtonSchulz("quintic", 5)
     work = block_trees.necessary_flops(block_trees.block_shapes(3, 8), method)
@@ -198,7 +188,6 @@ def test_necessary_work_is_that_of_every_matrix():
     assert Spectral().orthogonalizer == NewtonSchulz()  # the default row's, in step_time
 
 
-@pytest.mark.fast
 def test_update_call_is_the_update_after_the_first():
     shapes = block_trees.block_shapes(1, 8)
     params, gradient = (block_trees.gaussian_like(shapes, seed) for seed in (0, 1))
@@ -210,14 +199,12 @@ def test_update_call_is_the_update_after_the_first():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one, other)
 
 
-@pytest.mark.fast
 def test_product_is_of_all_square_matrices():
     product = step_time.product_call(2, 8)()
     assert product.shape == (8, 8, 8)
     assert step_time.product_flops(2, 8) == 8 * (2 * 8**3)
 
 
-@pytest.mark.fast
 def test_share_is_necessary_work_by_time_and_product_rate():
     times = {name: [0.5, 0.25, 0.125] for name in (*step_time.OURS, *step_time.PEERS)}
     times[step_time.PRODUCT] = [1.0, 2.0, 4.0]
@@ -230,7 +217,6 @@ def test_share_is_necessary_work_by_time_and_product_rate():
     )
 
 
-@pytest.mark.fast
 def test_step_time_compares_all_with_all_peers(tmp_path, capsys):
     path = tmp_path / "results" / "step_time.json"
     with jax.numpy_dtype_promotion("standard"):  # Optax's own, in muon
@@ -255,7 +241,6 @@ def iteration(G):
 """
 
 
-@pytest.mark.fast
 def test_published_code_runs_as_it_is_or_in_float32(tmp_path):
     path = tmp_path / "scion.py"
     path.write_text(PUBLISHED)
@@ -267,7 +252,6 @@ def test_published_code_runs_as_it_is_or_in_float32(tmp_path):
         reference.load(path, "float32")
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("mode", ["compiled", "eager"])
 def test_published_code_gets_the_same_matrices_in_its_layout(tmp_path, monkeypatch, mode):
     def torch_compile(function):
@@ -300,7 +284,6 @@ def test_published_code_gets_the_same_matrices_in_its_layout(tmp_path, monkeypat
     assert module.steps == [expected]
 
 
-@pytest.mark.fast
 def test_every_compilation_starts_afresh():
     traces = []
 
@@ -319,7 +302,6 @@ def test_every_compilation_starts_afresh():
     assert all(cost.lower > 0 and cost.compile > 0 for cost in costs)
 
 
-@pytest.mark.fast
 def test_growth_of_compilation_is_deep_by_shallow():
     cost = compile_time.Cost
     costs = {(12, name): cost(1.0, 2.0, 3.0, 4.0) for name in (block_trees.OURS, block_trees.PEER)}
@@ -334,7 +316,6 @@ def test_growth_of_compilation_is_deep_by_shallow():
     )
 
 
-@pytest.mark.fast
 def test_compile_time_reports(tmp_path, capsys, monkeypatch):
     path = tmp_path / "compile_time.json"
     cache = jax.config.jax_enable_compilation_cache
@@ -347,7 +328,6 @@ def test_compile_time_reports(tmp_path, capsys, monkeypatch):
     assert "| `unconstrained_scion` | 2 / 1 |" in capsys.readouterr().out
 
 
-@pytest.mark.fast
 def test_alignment_gauge_and_gain_of_a_known_factor():
     decomposition = np.eye(2), np.array([3.0, 1.0]), np.eye(2)
     assert orthogonalization.judge(np.eye(2), decomposition) == (1, 1, 1)
@@ -359,7 +339,6 @@ def test_alignment_gauge_and_gain_of_a_known_factor():
     assert orthogonalization.judge(np.diag([1.0, 0.0]), rank_one)[2] == 1  # what matters
 
 
-@pytest.mark.fast
 def test_synthetic_matrices_have_the_spectra_they_are_named_for():
     cases = orthogonalization.synthetic_cases(8, 2)
     assert {stack.shape for stack in cases.values()} == {(2, 8, 8), (2, 8, 32), (2, 8, 128)}
@@ -373,7 +352,6 @@ def test_synthetic_matrices_have_the_spectra_they_are_named_for():
             assert np.all(np.sum(sigma > 1e-4 * sigma[:, :1], axis=1) == rank)
 
 
-@pytest.mark.fast
 def test_methods_are_judged_as_they_are():
     matrices = orthogonalization.synthetic_cases(8, 2)["Gaussian, 8 × 32"]
     peer, default = orthogonalization.PEER, NewtonSchulz()
@@ -391,7 +369,6 @@ def test_methods_are_judged_as_they_are():
     assert every[peer] == NewtonSchulz("quintic", 5, jnp.bfloat16)
 
 
-@pytest.mark.fast
 def test_methods_cover_dtypes_and_steps():
     every = orthogonalization.methods()
     assert len(set(every.values())) == len(every)
@@ -400,7 +377,6 @@ def test_methods_cover_dtypes_and_steps():
     assert every[orthogonalization.EXACT] == ExactPolar()
 
 
-@pytest.mark.fast
 def test_a_result_that_is_not_finite_is_flagged():
     overflowing = {"broken": NewtonSchulz([(1e30, 0.0, 0.0)] * 3)}
     matrices = orthogonalization.synthetic_cases(4, 1)["Gaussian, 4 × 4"]
@@ -411,7 +387,6 @@ def test_a_result_that_is_not_finite_is_flagged():
     assert orthogonalization.flags(low, good) == "LOW OUT"
 
 
-@pytest.mark.fast
 def test_momentum_matrices_are_saved_and_judged(tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_bytes(random.Random(0).randbytes(4000))

@@ -152,7 +152,16 @@ def test_standard_library_is_the_same_text_every_time():
 # Runs
 
 
-@pytest.mark.parametrize("name", gpt_optimizers.OPTIMIZERS)
+OFTEN = ("clipped_scion", "unconstrained_scion", "scion_light", "muon")  # the rest now and then
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name in gpt_optimizers.OPTIMIZERS
+    ],
+)
 def test_every_optimizer_learns(run, tmp_path, name):
     # Optax's Adam divides by powers of an integer count, which strict promotion forbids.
     promotion = "standard" if name in ("adamw", "muon") else "strict"

@@ -10,8 +10,6 @@ from scion_jax.distributed.bucketing import in_chunks, map_buckets
 from scion_jax.distributed.spreading import polar_factors, spectral_norm_bounds
 from scion_jax.polar.coefficients import resolve
 
-pytestmark = pytest.mark.fast
-
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 3), (8, 8), (24, 6), (16, 64), (3, 10, 4), (0, 3, 4)]
 
 
