@@ -2,7 +2,8 @@
 
 import os
 
-# Dtypes and the compiler's optimization are the defaults: what users run.
+# Dtypes and the compiler's optimization are the defaults, what users run, but where a file says
+# `unoptimized`: it is about mathematics or about reading models, and compiling well tells nothing.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 )
@@ -18,11 +19,21 @@ hypothesis.settings.register_profile(
     "deterministic",
     derandomize=True,
     deadline=None,
-    max_examples=20,
+    max_examples=10,
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-hypothesis.settings.load_profile("deterministic")
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("deterministic"), max_examples=100
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
+
+
+@pytest.fixture(autouse=True)
+def compiler(request):
+    """Optimizes, unless the test is marked `unoptimized`."""
+    unoptimized = request.node.get_closest_marker("unoptimized") is not None
+    jax.config.update("jax_disable_most_optimizations", unoptimized)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from scion_jax import (
 )
 from scion_jax.optimizers import clipped
 
+pytestmark = pytest.mark.unoptimized
+
 STEPS = 20
 
 # label: (norm, layout, radius, options, shape)

@@ -202,7 +202,7 @@ def test_pairing_of_parts_inside_shard_map():
     close(result, scanned(params, gradients)[0])
 
 
-BLOCK = {"q": (64, 64), "o": (64, 64), "up": (64, 256), "down": (256, 64)}
+BLOCK = {"q": (64, 64), "up": (64, 256), "down": (256, 64)}
 BLOCKS = {f"{name}{layer}": shape for layer in range(8) for name, shape in BLOCK.items()}
 
 
@@ -226,11 +226,13 @@ def test_two_collectives_per_stack(kind, optimizer):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_nothing_is_spread_where_that_is_turned_off(kind):
+@pytest.mark.parametrize(
+    ("optimizer", "kind"), [*((name, "Explicit") for name in OPTIMIZERS), ("scion", "Auto")]
+)
+def test_nothing_is_spread_where_that_is_turned_off(optimizer, kind):
     text = compiled(
-        scion_jax.scion(0.1, Spectral(), shard_over=()),
-        {str(index): (64, 64) for index in range(32)},
+        OPTIMIZERS[optimizer](0.1, Spectral(), shard_over=()),
+        {str(index): (64, 64) for index in range(8)},
         make("8", kind),
         PartitionSpec("fsdp", None),
     )

@@ -17,7 +17,7 @@ from scion_jax import (
     vanishing_momentum,
 )
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 NORMS = {"hidden": Spectral(3.0), "bias": BiasRMS(2.0), "head": Sign(20.0)}
 LABELS = {"layer": {"kernel": "hidden", "bias": "bias"}, "head": "head"}

@@ -24,7 +24,7 @@ from scion_jax import (
 from scion_jax.labels import ModelLabels
 from scion_jax.reading_flax.layouts import einsum
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
 FEATURES = jax.ShapeDtypeStruct((2, 4), jnp.float32)

@@ -25,6 +25,8 @@ from scion_jax import (
     init_params,
 )
 
+pytestmark = pytest.mark.unoptimized
+
 HIDDEN = Spectral(orthogonalizer=ExactPolar())
 POSITIONS = {"pos_embedding": ColNorm(layout="bio")}
 TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)

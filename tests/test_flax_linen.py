@@ -21,6 +21,8 @@ from flax_by_hand import (
 )
 from scion_jax import ExactPolar, Spectral, flax_norms
 
+pytestmark = pytest.mark.unoptimized
+
 HIDDEN = Spectral(orthogonalizer=ExactPolar())
 SEQUENCE = jax.ShapeDtypeStruct((2, 5, 16), jnp.float32)
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)

@@ -20,6 +20,8 @@ from flax_by_hand import (
 )
 from scion_jax import ExactPolar, Spectral, flax_norms
 
+pytestmark = pytest.mark.unoptimized
+
 HIDDEN = Spectral(orthogonalizer=ExactPolar())
 
 

@@ -24,6 +24,8 @@ from scion_jax import (
     unconstrained_scion,
 )
 
+pytestmark = pytest.mark.unoptimized
+
 STEPS = 12
 SHAPES = {"embedding": (5, 3), "hidden": (3, 4), "head": (4, 5), "bias": (4,)}
 LABELS = {"embedding": "first", "hidden": "inner", "head": "last", "bias": "vector"}

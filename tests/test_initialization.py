@@ -19,7 +19,7 @@ from scion_jax import (
     scaled_relu_squared,
 )
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 NORMS = {"first": ColNorm(), "hidden": Spectral(50.0), "last": Sign(3000.0), "bias": BiasRMS(2.0)}
 LABELS = label_by_path(

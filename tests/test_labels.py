@@ -20,7 +20,7 @@ from scion_jax import (
 from scion_jax.labels import leaf_path
 from scion_jax.resolution import resolve
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 PARAMS = {
     "embed": {"table": jnp.ones((6, 4))},

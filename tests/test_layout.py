@@ -12,7 +12,7 @@ import naive
 from scion_jax import Auto, Sign, Spectral, SpectralConv
 from scion_jax.norms.layout import parse_layout
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from scion_jax import (
     vanishing_momentum,
 )
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 OPTIMIZERS = [
     scion,

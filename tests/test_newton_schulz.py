@@ -14,8 +14,6 @@ from scion_jax.polar import cpu
 from scion_jax.polar.coefficients import resolve
 from scion_jax.polar.newton_schulz import Products, flops, groups, newton_schulz
 
-pytestmark = pytest.mark.fast
-
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
 

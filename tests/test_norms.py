@@ -26,6 +26,8 @@ from scion_jax import (
 )
 from scion_jax.norms.leaves import Leaf, gauge_bounds, lmos
 
+pytestmark = pytest.mark.unoptimized
+
 # name, options: every norm with every option.
 NORMS = [
     ("Spectral", {}),

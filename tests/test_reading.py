@@ -28,7 +28,7 @@ from scion_jax import (
     unconstrained_scion,
 )
 
-pytestmark = pytest.mark.fast
+pytestmark = pytest.mark.unoptimized
 
 # What a default by rank once read wrongly, and what the leaf is.
 SILENT = {
@@ -146,6 +146,7 @@ def test_each_part_is_a_matrix_of_its_own(norm, layout, shape, axis, sizes, alon
             np.testing.assert_allclose(part.gauge(piece), 1, rtol=1e-4)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("spec", [(("x", "y"), None), ("y", "x")])
 @pytest.mark.parametrize("layout", ["io[3]", "io[8,4,12]", "i[2]o", "bio"])
 def test_parts_of_axes_that_devices_hold_in_other_pieces(layout, spec):
@@ -162,6 +163,7 @@ def test_parts_of_axes_that_devices_hold_in_other_pieces(layout, spec):
     np.testing.assert_allclose(dual_norm, norm.dual_norm(d), rtol=1e-4)
 
 
+@pytest.mark.fast
 def test_merged_axes_that_are_split_over_devices():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     d = gaussian((8, 4, 8))

@@ -25,6 +25,8 @@ from scion_jax import (
     vanishing_momentum,
 )
 
+pytestmark = pytest.mark.unoptimized
+
 SHAPES = {"embedding": (3, 2), "hidden": (3, 4), "head": (2, 3), "bias": (4,)}
 LABELS = {name: name for name in SHAPES}
 NORMS = {
