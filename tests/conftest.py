@@ -29,11 +29,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def compiler(request):
-    """Optimizes, unless the test is marked `unoptimized`."""
-    unoptimized = request.node.get_closest_marker("unoptimized") is not None
-    jax.config.update("jax_disable_most_optimizations", unoptimized)
+    """Optimizes, unless the file is marked `unoptimized`."""
+    if request.node.get_closest_marker("unoptimized") is None:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -207,9 +207,14 @@ BLOCKS = {f"{name}{layer}": shape for layer in range(8) for name, shape in BLOCK
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_two_collectives_per_stack(kind, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        *((name, "Explicit") for name in OPTIMIZERS),
+        *((name, "Auto") for name in ("scion", "clipped_scion", "short_step")),
+    ],
+)
+def test_two_collectives_per_stack(optimizer, kind):
     """As users run it: nothing is said but the mesh."""
     text = compiled(
         OPTIMIZERS[optimizer](0.1, Spectral()), BLOCKS, make("8", kind), PartitionSpec("fsdp", None)
