@@ -142,7 +142,6 @@ def assert_close(one, other, **tolerance):
 close = functools.partial(assert_close, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.fast
 @every_optimizer
 def test_is_a_transformation_that_takes_extra_arguments(case):
     optimizer = build(case)
@@ -165,7 +164,6 @@ def test_params_are_needed_only_where_they_are_used(case):
         close(optimizer.update(params, state)[0], optimizer.update(params, state, params)[0])
 
 
-@pytest.mark.fast
 @every_optimizer
 def test_state_is_arrays_in_named_tuples(case):
     state = build(case).init(gaussian_tree(0))
@@ -173,7 +171,6 @@ def test_state_is_arrays_in_named_tuples(case):
         assert isinstance(leaf, jax.Array)
 
 
-@pytest.mark.fast
 @every_optimizer
 def test_compiles_once(case):
     traces = []
@@ -221,7 +218,6 @@ def test_jit_is_eager(case):
         close(one, other)
 
 
-@pytest.mark.fast
 @every_optimizer
 def test_every_number_can_be_injected(case):
     numbers = {k: v for k, v in case.options.items() if not isinstance(v, bool)}
@@ -380,7 +376,6 @@ def test_map_params(case):
     assert found == expected * (len(found) // len(expected)) != []
 
 
-@pytest.mark.fast
 @every_optimizer
 def test_eval_shape(case):
     params = gaussian_tree(0)
@@ -407,7 +402,6 @@ def test_vmap_over_seeds(case):
         close(jax.tree.map(lambda leaf, i=index: leaf[i], together), step(tree))
 
 
-@pytest.mark.fast
 @every_optimizer
 def test_vmap_over_hyperparameters(case):
     params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)), jnp.float32)}
@@ -422,7 +416,6 @@ def test_vmap_over_hyperparameters(case):
         np.testing.assert_allclose(updates, step(float(radius), float(rate))["w"], rtol=1e-4)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("tree", [{}, {"none": None}, [], (), {"masked": optax.MaskedNode()}])
 @every_optimizer
 def test_empty_trees(case, tree):
@@ -473,7 +466,6 @@ def test_converges(case, objective, solution, start, norm):
     np.testing.assert_allclose(minimize(jnp.array(start)), solution, atol=2e-2)
 
 
-@pytest.mark.fast
 @every_optimizer
 def test_explicit_mesh(case):
     """float16, batch axis first, split on the middle axis: a contraction is sharded."""
