@@ -289,14 +289,14 @@ def test_own_and_shared_leaves_inside_shard_map(kind, names, own_first):
     mesh = make("4x2", kind)
     norm = Spectral(orthogonalizer=EXACT)
     keys = jax.random.split(jax.random.key(0), 3)
-    own = jax.random.normal(keys[0], (4, 8, 12))
+    own = jax.random.normal(keys[0], (4, 2, 8, 12))  # two, or nothing would be shared out
     shared = [jax.random.normal(key, (8, 12)) for key in keys[1:]]
 
     def mapped(own, shared):
-        leaves = [own[0], *shared] if own_first else [*shared, own[0]]
+        leaves = [*own[0], *shared] if own_first else [*shared, *own[0]]
         results = lmos_of(norm, leaves, names)
-        mine = results.pop(0 if own_first else -1)
-        return mine[None], results
+        mine = results[:2] if own_first else results[2:]
+        return jnp.stack(mine)[None], results[2:] if own_first else results[:2]
 
     first, whole = PartitionSpec("fsdp"), PartitionSpec()
     with jax.set_mesh(mesh):
@@ -304,8 +304,8 @@ def test_own_and_shared_leaves_inside_shard_map(kind, names, own_first):
         own_result, results = jax.jit(
             jax.shard_map(mapped, in_specs=(first, whole), out_specs=(first, whole))
         )(given, shared)
-    expected = [norm.lmo(leaf) for leaf in (*own, *shared)]
-    for result, wanted in zip([*own_result, *results], expected, strict=True):
+    expected = [norm.lmo(leaf) for leaf in (*own.reshape(8, 8, 12), *shared)]
+    for result, wanted in zip([*own_result.reshape(8, 8, 12), *results], expected, strict=True):
         np.testing.assert_allclose(result, wanted, atol=1e-5)
 
 
