@@ -102,15 +102,18 @@ def clip_by_pairing(
         dtype = state.pairing.dtype
         ds, structure = jax.tree.flatten(updates)
         ws = structure.flatten_up_to(directions)
-        local = [numerics.inner_product(d, w).astype(dtype) for d, w in zip(ds, ws, strict=True)]
-        pairings = sharding.across_devices(jax.lax.psum, local)
-        lengths = _lengths([*ds, *ws], dtype)
-        d_lengths, w_lengths = lengths[: len(ds)], lengths[len(ds) :]
-        ws = [_without_climb(*leaf) for leaf in zip(ds, ws, pairings, d_lengths, strict=True)]
-        gains = [_gain(*leaf) for leaf in zip(pairings, d_lengths, w_lengths, strict=True)]
+        pairing = gain = jnp.zeros([], dtype)
+        for members in sharding.varying_alike(ds, ws):
+            some_ds, some_ws = [ds[i] for i in members], [ws[i] for i in members]
+            pairings, d_lengths, w_lengths = _measured(some_ds, some_ws, dtype)
+            pairing += jnp.sum(pairings)
+            gain += jnp.sum(_gains(pairings, d_lengths, w_lengths))
+            climbs = jnp.where(pairings < 0, pairings / numerics.nonzero(d_lengths), 0)
+            shares = climbs / numerics.nonzero(d_lengths)
+            for i, share in zip(members, shares, strict=True):
+                # Without what climbs: w − ⟨d, w⟩ d / ‖d‖² if ⟨d, w⟩ < 0.
+                ws[i] = (ws[i].astype(dtype) - share * ds[i].astype(dtype)).astype(ws[i].dtype)
         directions = jax.tree.unflatten(structure, ws)
-        pairing = sum(pairings, jnp.zeros([], dtype))
-        gain = sum(gains, jnp.zeros([], dtype))
         threshold = jnp.asarray(hyperparameters.value_at(rho, state.count), dtype)
         if squared_norm is not None:
             threshold = threshold * squared_norm(directions).astype(dtype)
@@ -124,32 +127,34 @@ def clip_by_pairing(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _lengths(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
-    """Computes `‖·‖₂` of every leaf, over all devices that hold a part of it."""
-    own = [
-        jnp.squeeze(numerics.vector_norm(array.astype(dtype), tuple(range(array.ndim))))
-        for array in arrays
-    ]
-    largest = sharding.across_devices(jax.lax.pmax, own)
-    squares = [(x / numerics.nonzero(y)) ** 2 for x, y in zip(own, largest, strict=True)]
-    sums = sharding.across_devices(jax.lax.psum, squares)
-    return [y * jnp.sqrt(s) for y, s in zip(largest, sums, strict=True)]
+def _measured(
+    ds: Sequence[jax.Array], ws: Sequence[jax.Array], dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes `⟨d, w⟩`, `‖d‖` and `‖w‖` of leaves, over all devices that hold parts of them.
 
+    Args:
+        ds: The leaves, which vary over the same mapped axes.
+        ws: Their directions.
+        dtype: What to compute in.
 
-def _without_climb(d: jax.Array, w: jax.Array, pairing: jax.Array, length: jax.Array) -> jax.Array:
-    """Computes `w − ⟨d, w⟩ d / ‖d‖²` if `⟨d, w⟩ < 0`, else `w`."""
-    dtype = pairing.dtype
-    length = numerics.nonzero(length)
-    share = jnp.where(pairing < 0, pairing / length / length, 0)
-    return (w.astype(dtype) - share * d.astype(dtype)).astype(w.dtype)
-
-
-def _gain(pairing: jax.Array, d_length: jax.Array, w_length: jax.Array) -> jax.Array:
-    """Computes what a leaf counts for the factor, from its direction without the climb.
-
-    That direction's length is `‖w‖ √(1 − cos²)`: no second pass, no second sum over devices.
+    Returns:
+        Three arrays `(len(ds),)`.
     """
-    size = d_length * w_length
-    cosine = pairing / numerics.nonzero(size)
-    level = size * jnp.sqrt(jnp.maximum(1 - cosine * cosine, 0))
-    return jnp.where(pairing < 0, jnp.minimum(-pairing, level), pairing)
+    own = [numerics.inner_product(d, w).astype(dtype) for d, w in zip(ds, ws, strict=True)]
+    pairings = sharding.reduce_varying(jax.lax.psum, jnp.stack(own))
+    lengths = numerics.vector_norms([array.astype(dtype) for array in (*ds, *ws)])
+    largest = sharding.reduce_varying(jax.lax.pmax, lengths)
+    squares = (lengths / numerics.nonzero(largest)) ** 2
+    lengths = largest * jnp.sqrt(sharding.reduce_varying(jax.lax.psum, squares))
+    return pairings, lengths[: len(ds)], lengths[len(ds) :]
+
+
+def _gains(pairings: jax.Array, d_lengths: jax.Array, w_lengths: jax.Array) -> jax.Array:
+    """Computes what leaves count for the factor, from their directions without the climb.
+
+    The length of such a direction is `‖w‖ √(1 − cos²)`: no second pass, no second sum over devices.
+    """
+    sizes = d_lengths * w_lengths
+    cosines = pairings / numerics.nonzero(sizes)
+    level = sizes * jnp.sqrt(jnp.maximum(1 - cosines * cosines, 0))
+    return jnp.where(pairings < 0, jnp.minimum(-pairings, level), pairings)

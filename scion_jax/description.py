@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from scion_jax.norms import Auto
-from scion_jax.norms.layout import Axes
+from scion_jax.norms.axes import Axes
 from scion_jax.norms.leaves import Leaf
 from scion_jax.numerics import is_number
 from scion_jax.resolution import Norms, labelled_norms, resolve, unused

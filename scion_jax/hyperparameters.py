@@ -131,6 +131,25 @@ def check_momentum(momentum: object, dtype: DTypeLike | None) -> None:
         )
 
 
+def check_whole(name: str, value: object) -> None:
+    """Checks that an argument is a whole number of at least 1, or None.
+
+    Args:
+        name: What the argument is called.
+        value: What was given.
+
+    Raises:
+        TypeError: If it is neither None nor an integer.
+        ValueError: If it is less than 1.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a whole number or None; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
 def check_dtype(name: str, dtype: DTypeLike | None) -> None:
     """Checks that a dtype is floating, or None.
 

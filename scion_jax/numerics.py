@@ -8,6 +8,7 @@ infinity come out as NaN instead of a plausible number.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -63,25 +64,6 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def check_whole(name: str, value: object) -> None:
-    """Checks that an argument is a whole number of at least 1, or None.
-
-    Args:
-        name: What the argument is called.
-        value: What was given.
-
-    Raises:
-        TypeError: If it is neither None nor an integer.
-        ValueError: If it is less than 1.
-    """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is a whole number or None; got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-
-
 def inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Computes `⟨x, y⟩` over all entries, in at least float32."""
     dtype = widest(x.dtype, y.dtype, jnp.float32)
@@ -96,6 +78,21 @@ def nonzero(divisor: jax.Array) -> jax.Array:
 def vector_norm(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Computes `‖·‖₂` over `axes`, kept as axes of size 1, without overflow or underflow."""
     root, unit = _root_and_unit(array, axes)
+    return unit * root
+
+
+def vector_norms(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Computes `‖·‖₂` of every whole array, `(len(arrays),)`: past the sums, all at once.
+
+    One array at a time, the scalar arithmetic would be a dozen kernels for each on a GPU.
+    """
+    if any(map(sharding.may_be_split, arrays)):
+        sums = zip(*(_sums_by_size(array, None) for array in arrays), strict=True)
+        root, unit = _joined(*map(jnp.stack, sums))
+    else:
+        unit = nonzero(jnp.stack([jnp.max(jnp.abs(array), initial=0) for array in arrays]))
+        scaled = [array / largest for array, largest in zip(arrays, unit, strict=True)]
+        root = jnp.sqrt(jnp.stack([jnp.sum(entries * entries) for entries in scaled]))
     return unit * root
 
 
@@ -120,16 +117,34 @@ def _in_one_pass(array: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ja
     Squares of large, of middling and of small entries are summed apart, each scaled by a power of
     two (Blue, 1978, doi:10.1145/355769.355771). It needs more memory, so not for all.
     """
-    middling, power = (2.0**50, 2.0**80) if array.dtype == jnp.float32 else (2.0**400, 2.0**640)
+    return _joined(*_sums_by_size(array, axes))
+
+
+def _middling_and_power(dtype: jnp.dtype) -> tuple[float, float]:
+    return (2.0**50, 2.0**80) if dtype == jnp.float32 else (2.0**400, 2.0**640)
+
+
+def _sums_by_size(
+    array: jax.Array, axes: tuple[int, ...] | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums squares of large (divided by `power`), middling and small (times `power`) entries."""
+    middling, power = _middling_and_power(array.dtype)
     size = jnp.abs(array)
     is_large, is_small = size > middling, size < 1 / middling
 
     def sum_of_squares(entries: jax.Array) -> jax.Array:
-        return jnp.sum(entries * entries, axis=axes, keepdims=True)
+        return jnp.sum(entries * entries, axis=axes, keepdims=axes is not None)
 
-    large = sum_of_squares(jnp.where(is_large, array * (1 / power), 0))
-    middle = sum_of_squares(jnp.where(is_large | is_small, 0, array))  # NaN too
-    small = sum_of_squares(jnp.where(is_small, array * power, 0))
+    return (
+        sum_of_squares(jnp.where(is_large, array * (1 / power), 0)),
+        sum_of_squares(jnp.where(is_large | is_small, 0, array)),  # NaN too
+        sum_of_squares(jnp.where(is_small, array * power, 0)),
+    )
+
+
+def _joined(large: jax.Array, middle: jax.Array, small: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Takes the root of the three sums together, in a unit that keeps its square in range."""
+    _, power = _middling_and_power(large.dtype)
     # What the next smaller ones add. Not by the square of a scaled root: compilers make a product
     # of the two scales of it, which underflows.
     large_and_middle = jnp.hypot(jnp.sqrt(large), jnp.sqrt(middle) * (1 / power))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from scion_jax.distributed import compatibility, sharding
+from scion_jax.distributed import sharding
 
 Compute = Callable[[list[jax.Array]], list[jax.Array]]
 
@@ -179,14 +179,14 @@ class MappedRoute:
         """Takes each device's share, computes, and gathers."""
         position = jax.lax.axis_index(self.names)
         # Under shard_map's checks the result is the same on all devices by type, too.
-        to_same = bool(sharding.varying(position))
+        shared = bool(sharding.varying(position))
 
         def share(stack: jax.Array) -> jax.Array:
             size = stack.shape[0] // self.devices
             return jax.lax.dynamic_slice_in_dim(stack, position * size, size)
 
         computed = compute([share(stack) for stack in stacks])
-        return [compatibility.all_gather(own, self.names, to_same=to_same) for own in computed]
+        return [sharding.gather_mapped(own, self.names, shared) for own in computed]
 
 
 Route = MeshRoute | MappedRoute

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-
-from scion_jax.distributed import compatibility
 
 
 def replicate(array: jax.Array) -> jax.Array:
@@ -67,31 +66,55 @@ def may_be_split(array: jax.Array) -> bool:
 
 def varying(array: jax.Array) -> frozenset[str]:
     """Names the mapped axes over which an array varies; none outside of `shard_map`."""
-    return compatibility.varying_axes(array)
+    kind: Any = jax.typeof(array)
+    if jax.__version_info__ < (0, 10, 0):
+        return kind.vma
+    return frozenset(kind.manual_axis_type.varying)
 
 
-def across_devices(
-    reduce: Callable[..., jax.Array], numbers: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """Reduces scalars over the mapped axes over which they vary, those of the same axes at once.
+def gather_mapped(array: jax.Array, names: tuple[str, ...], shared: bool) -> jax.Array:
+    """Joins what the devices along mapped axes hold, along axis 0.
+
+    Args:
+        array: Each device's part.
+        names: The mapped axes.
+        shared: Whether the type of the result is to say that it is the same on all devices.
+
+    Returns:
+        The whole.
+    """
+    if jax.__version_info__ < (0, 8, 2):
+        lax: Any = jax.lax
+        gather = lax.all_gather_invariant if shared else lax.all_gather
+        return gather(array, names, tiled=True)
+    to = "invarying" if shared else "varying"
+    return jax.lax.all_gather(array, names, tiled=True, to=to)
+
+
+def reduce_varying(reduce: Callable[..., jax.Array], numbers: jax.Array) -> jax.Array:
+    """Reduces numbers over the mapped axes over which they vary.
 
     Args:
         reduce: `jax.lax.psum` or `jax.lax.pmax`.
-        numbers: Scalars of one dtype.
+        numbers: What each device has.
 
     Returns:
-        The results, the same on all devices; scalars that do not vary as they are.
+        The result, the same on all devices; numbers that do not vary as they are.
     """
-    results = list(numbers)
+    axes = varying(numbers)
+    return reduce(numbers, tuple(sorted(axes))) if axes else numbers
+
+
+def varying_alike(*lists: Sequence[jax.Array]) -> list[list[int]]:
+    """Groups positions in lists of arrays by the mapped axes over which the arrays vary.
+
+    Numbers of different groups must not be put into one array before they are reduced: it would
+    vary over the axes of all.
+    """
     groups: dict[frozenset[str], list[int]] = {}
-    for index, number in enumerate(numbers):
-        groups.setdefault(varying(number), []).append(index)
-    for axes, members in groups.items():
-        if axes:
-            reduced = reduce(jnp.stack([numbers[index] for index in members]), tuple(sorted(axes)))
-            for position, index in enumerate(members):
-                results[index] = reduced[position]
-    return results
+    for index, arrays in enumerate(zip(*lists, strict=True)):
+        groups.setdefault(frozenset().union(*map(varying, arrays)), []).append(index)
+    return list(groups.values())
 
 
 def unsplit(array: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -9,9 +9,9 @@ import jax
 from jax.typing import ArrayLike
 
 from scion_jax import hyperparameters
+from scion_jax.norms.axes import Axes
 from scion_jax.norms.base import Norm
 from scion_jax.norms.euclidean import BiasRMS
-from scion_jax.norms.layout import Axes
 from scion_jax.norms.spectral import Spectral, check_orthogonalizer
 from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer
 

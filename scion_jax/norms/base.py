@@ -42,7 +42,8 @@ from jax.typing import ArrayLike, DTypeLike
 from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
 from scion_jax.norms import layout as layouts
-from scion_jax.norms.layout import Axes, Layout
+from scion_jax.norms.axes import Axes
+from scion_jax.norms.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ import jax
 from scion_jax import numerics
 from scion_jax.distributed import sharding
 from scion_jax.distributed.spreading import polar_factors, spectral_norm_bounds
+from scion_jax.norms.axes import Axes
 from scion_jax.norms.base import Norm
-from scion_jax.norms.layout import Axes, Layout
+from scion_jax.norms.layout import Layout
 from scion_jax.norms.spectral import Spectral
 from scion_jax.polar.orthogonalizers import Orthogonalizer
 

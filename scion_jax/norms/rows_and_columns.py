@@ -8,8 +8,8 @@ import math
 import jax
 
 from scion_jax import hyperparameters, numerics
+from scion_jax.norms.axes import Axes
 from scion_jax.norms.base import Norm
-from scion_jax.norms.layout import Axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

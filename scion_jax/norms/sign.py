@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from scion_jax import hyperparameters
+from scion_jax.norms.axes import Axes
 from scion_jax.norms.base import Norm
-from scion_jax.norms.layout import Axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
 from scion_jax.distributed.spreading import polar_factors
+from scion_jax.norms.axes import Axes
 from scion_jax.norms.base import Norm
-from scion_jax.norms.layout import Axes, Layout
+from scion_jax.norms.layout import Layout
 from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer
 
 

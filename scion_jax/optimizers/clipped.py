@@ -11,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 
 from scion_jax.clipping import clip_by_pairing
-from scion_jax.distributed.sharding import across_devices
+from scion_jax.distributed.sharding import reduce_varying, varying_alike
 from scion_jax.distributed.spreading import check_names
 from scion_jax.hyperparameters import check_flag, check_learning_rate
 from scion_jax.norms import Auto
@@ -172,7 +172,10 @@ def _squared_norm(
         leaves = resolve(directions, norms, param_labels)
         bounds = gauge_bounds(leaves, jax.tree.leaves(directions), names)
         dtype = widest(jnp.float32, *(bound.dtype for bound in bounds))
-        bounds = across_devices(jax.lax.pmax, [bound.astype(dtype) for bound in bounds])
-        return jnp.max(jnp.stack([jnp.zeros([], dtype), *bounds])) ** 2
+        largest = jnp.zeros([], dtype)
+        for members in varying_alike(bounds):
+            some = jnp.max(jnp.stack([bounds[index].astype(dtype) for index in members]))
+            largest = jnp.maximum(largest, reduce_varying(jax.lax.pmax, some))
+        return largest**2
 
     return squared_norm

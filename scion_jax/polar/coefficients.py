@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scion_jax import numerics
+from scion_jax import hyperparameters
 
 Step = tuple[float, float, float]
 
@@ -137,7 +137,7 @@ def resolve(coefficients: str | Sequence[Step], steps: int | None) -> tuple[Step
         TypeError: If `coefficients` is not a name or a sequence of three numbers per step.
         ValueError: If the name is unknown, the sequence is empty, or `steps` is less than 1.
     """
-    numerics.check_whole("steps", steps)
+    hyperparameters.check_whole("steps", steps)
     if isinstance(coefficients, str):
         count = (4 if coefficients == "minimax" else 5) if steps is None else steps
         if coefficients == "quintic":

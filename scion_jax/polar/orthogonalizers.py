@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scion_jax import numerics
+from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
 from scion_jax.distributed.bucketing import in_chunks, map_buckets
 from scion_jax.polar import cpu
@@ -117,7 +117,7 @@ class NewtonSchulz(Orthogonalizer):
             object.__setattr__(self, "compute_dtype", dtype)
         if self.schatten not in (2, 4, None):
             raise ValueError(f"schatten is 2 (Frobenius), 4, or None; got {self.schatten!r}")
-        numerics.check_whole("chunk_bytes", self.chunk_bytes)
+        hyperparameters.check_whole("chunk_bytes", self.chunk_bytes)
 
     def _factor_dtype(self, dtype: DTypeLike) -> jnp.dtype:
         """Chooses the compute dtype for matrices of a dtype."""
