@@ -13,7 +13,9 @@ from scion_jax.clipping import clip_by_pairing as clip_by_pairing
 from scion_jax.description import describe as describe
 from scion_jax.diagnostics import dual_norm as dual_norm
 from scion_jax.diagnostics import frank_wolfe_gap as frank_wolfe_gap
+from scion_jax.diagnostics import gauge_bounds as gauge_bounds
 from scion_jax.diagnostics import gauges as gauges
+from scion_jax.diagnostics import pairings as pairings
 from scion_jax.initialization import init_params as init_params
 from scion_jax.labels import label_by_path as label_by_path
 from scion_jax.norms import Auto as Auto
@@ -31,6 +33,7 @@ from scion_jax.optimizers import scion as scion
 from scion_jax.optimizers import scion_light as scion_light
 from scion_jax.optimizers import unconstrained_clipped_scion as unconstrained_clipped_scion
 from scion_jax.optimizers import unconstrained_scion as unconstrained_scion
+from scion_jax.pairing import measure_pairing as measure_pairing
 from scion_jax.polar.orthogonalizers import ExactPolar as ExactPolar
 from scion_jax.polar.orthogonalizers import NewtonSchulz as NewtonSchulz
 from scion_jax.polar.orthogonalizers import orthogonalize as orthogonalize

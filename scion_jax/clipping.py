@@ -1,9 +1,8 @@
 """Clipping by the pairing `⟨d, w⟩`, over all parameters at once.
 
-Near a solution a step of fixed length overshoots. Clipping shortens it: the pairing of the average
-gradient `d` with the direction `w` says how much the step can gain, and vanishes at a solution. In
-the unconstrained case it is the dual norm of the gradient, with one Euclidean norm just its length,
-so that this is gradient clipping; in the constrained case it is the Frank–Wolfe gap.
+Near a solution a step of fixed length overshoots. Clipping shortens it by what it can gain (see
+`scion_jax.pairing`). With one Euclidean norm that is the length of the gradient, and this gradient
+clipping.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import optax
 
 from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
+from scion_jax.pairing import in_order, no_pairings, pair
 
 
 class ClipByPairingState(NamedTuple):
@@ -25,12 +25,14 @@ class ClipByPairingState(NamedTuple):
     Attributes:
         count: Number of updates made, int32.
         pairing: The last `⟨d, w⟩`, summed over all leaves, at least float32. To choose ρ, watch it.
+        pairings: `⟨d_l, w_l⟩` of each leaf, `(leaves,)`, in the order of `jax.tree.leaves`.
         factor: What the last directions were multiplied by, in [0, 1].
         inner_state: State of the wrapped transformation.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     pairing: jax.Array
+    pairings: jax.Array
     factor: jax.Array
     inner_state: Any
 
@@ -92,27 +94,31 @@ def clip_by_pairing(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ClipByPairingState:
-        dtype = numerics.widest(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
+        pairing, pairings = no_pairings(params)
         # An array for each field: donation takes none twice.
-        pairing, factor = jnp.zeros([], dtype), jnp.zeros([], dtype)
-        return ClipByPairingState(jnp.zeros([], jnp.int32), pairing, factor, inner.init(params))
+        count, factor = jnp.zeros([], jnp.int32), jnp.zeros([], pairing.dtype)
+        return ClipByPairingState(count, pairing, pairings, factor, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         dtype = state.pairing.dtype
         ds, structure = jax.tree.flatten(updates)
         ws = structure.flatten_up_to(directions)
-        pairing = gain = jnp.zeros([], dtype)
-        for members in sharding.varying_alike(ds, ws):
+        groups = sharding.varying_alike(ds, ws)
+        measured: list[jax.Array] = []
+        gain = jnp.zeros([], dtype)
+        for members in groups:
             some_ds, some_ws = [ds[i] for i in members], [ws[i] for i in members]
-            pairings, d_lengths, w_lengths = _measured(some_ds, some_ws, dtype)
-            pairing += jnp.sum(pairings)
-            gain += jnp.sum(_gains(pairings, d_lengths, w_lengths))
-            climbs = jnp.where(pairings < 0, pairings / numerics.nonzero(d_lengths), 0)
+            products = pair(some_ds, some_ws, dtype)
+            d_lengths, w_lengths = jnp.split(_lengths([*some_ds, *some_ws], dtype), 2)
+            measured.append(products)
+            gain += jnp.sum(_gains(products, d_lengths, w_lengths))
+            climbs = jnp.where(products < 0, products / numerics.nonzero(d_lengths), 0)
             shares = climbs / numerics.nonzero(d_lengths)
             for i, share in zip(members, shares, strict=True):
                 # Without what climbs: w − ⟨d, w⟩ d / ‖d‖² if ⟨d, w⟩ < 0.
                 ws[i] = (ws[i].astype(dtype) - share * ds[i].astype(dtype)).astype(ws[i].dtype)
+        pairings = in_order(groups, measured, dtype)
         directions = jax.tree.unflatten(structure, ws)
         threshold = jnp.asarray(hyperparameters.value_at(rho, state.count), dtype)
         if squared_norm is not None:
@@ -122,31 +128,18 @@ def clip_by_pairing(
         factor = jnp.where(gain >= threshold, jnp.ones_like(quotient), quotient)
         directions = jax.tree.map(lambda w: (factor * w.astype(dtype)).astype(w.dtype), directions)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return directions, ClipByPairingState(count, pairing, factor, inner_state)
+        pairing = jnp.sum(pairings)
+        return directions, ClipByPairingState(count, pairing, pairings, factor, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _measured(
-    ds: Sequence[jax.Array], ws: Sequence[jax.Array], dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes `⟨d, w⟩`, `‖d‖` and `‖w‖` of leaves, over all devices that hold parts of them.
-
-    Args:
-        ds: The leaves, which vary over the same mapped axes.
-        ws: Their directions.
-        dtype: What to compute in.
-
-    Returns:
-        Three arrays `(len(ds),)`.
-    """
-    own = [numerics.inner_product(d, w).astype(dtype) for d, w in zip(ds, ws, strict=True)]
-    pairings = sharding.reduce_varying(jax.lax.psum, jnp.stack(own))
-    lengths = numerics.vector_norms([array.astype(dtype) for array in (*ds, *ws)])
+def _lengths(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """Computes Euclidean norms `(len(arrays),)` over all devices that hold parts of an array."""
+    lengths = numerics.vector_norms([array.astype(dtype) for array in arrays])
     largest = sharding.reduce_varying(jax.lax.pmax, lengths)
     squares = (lengths / numerics.nonzero(largest)) ** 2
-    lengths = largest * jnp.sqrt(sharding.reduce_varying(jax.lax.psum, squares))
-    return pairings, lengths[: len(ds)], lengths[len(ds) :]
+    return largest * jnp.sqrt(sharding.reduce_varying(jax.lax.psum, squares))
 
 
 def _gains(pairings: jax.Array, d_lengths: jax.Array, w_lengths: jax.Array) -> jax.Array:

@@ -1,4 +1,8 @@
-"""What to look at while training: where parameters stand in their balls, and how far from done."""
+"""What to look at while training: where parameters stand in their balls, and how far from done.
+
+`gauges`, `dual_norm` and `frank_wolfe_gap` are exact and take an SVD of every matrix.
+`gauge_bounds` and `pairings` are cheap enough for every step, and flat, as loggers like it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from scion_jax import numerics
+from scion_jax.distributed.spreading import check_names
+from scion_jax.labels import leaf_path
 from scion_jax.norms import Auto
+from scion_jax.norms import leaves as norm_leaves
 from scion_jax.norms.leaves import Leaf
 from scion_jax.resolution import Norms, resolve
 from scion_jax.trees import check_alike
@@ -112,6 +120,86 @@ def frank_wolfe_gap(
     check_alike(params, grads, "the parameters", "the gradients")
     products = jax.tree.map(numerics.inner_product, params, grads)
     return _total(products) + dual_norm(grads, norms, param_labels).total
+
+
+def gauge_bounds(
+    params: Any,
+    norms: Norms = Auto(),
+    param_labels: Any = None,
+    *,
+    shard_over: str | Sequence[str] | None = None,
+) -> dict[str, jax.Array]:
+    """Bounds the gauge of every parameter from above, by matrix products instead of an SVD.
+
+        ‖x_l‖_l / radius_l ≤ bound ≤ n_l^(1/256) ‖x_l‖_l / radius_l
+
+    `n_l` is the smaller side of a `Spectral` leaf's matrices: up to 3 % too high at 2,048 rows. All
+    other norms are exact.
+
+    Args:
+        params: Parameters.
+        norms: As given to the optimizer.
+        param_labels: As given to the optimizer.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
+
+    Returns:
+        Scalars by path, float32 or float64.
+
+    Raises:
+        ValueError: If norms and labels do not fit the parameters; the message names the leaf.
+
+    Example:
+        >>> import jax.numpy as jnp, scion_jax
+        >>> gauge_bounds({"head": {"kernel": jnp.ones((4, 2))}}, scion_jax.Sign(radius=8.0))
+        {'head/kernel': Array(0.5, dtype=float32)}
+    """
+    leaves = resolve(params, norms, param_labels)
+    bounds = norm_leaves.gauge_bounds(leaves, jax.tree.leaves(params), check_names(shard_over))
+    return {leaf.path: bound for leaf, bound in zip(leaves, bounds, strict=True)}
+
+
+def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
+    """Takes the pairing of every leaf out of an optimizer's state.
+
+        ⟨d_l, w_l⟩ = radius_l ‖d_l‖_{l,*}            unconstrained
+        ⟨d_l, w_l⟩ = ⟨d_l, x_l⟩ + radius_l ‖d_l‖_{l,*}   constrained
+
+    It is what the leaf's step gains to first order, per unit of learning rate. Their sum is the
+    `pairing` that clipped optimizers compare with ρ.
+
+    Args:
+        state: State of a clipped optimizer, or of one that was built with `show_pairing=True`.
+        params: The parameters, or their shapes: all that the optimizer has.
+
+    Returns:
+        Scalars by path, float32 or float64, from the last step.
+
+    Raises:
+        ValueError: If the state keeps no pairing or several, or belongs to other parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, scion_jax
+        >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones([])}
+        >>> optimizer = scion_jax.unconstrained_scion(
+        ...     0.1, scion_jax.Euclidean(), momentum=1.0, show_pairing=True)
+        >>> _, state = optimizer.update(params, optimizer.init(params), params)
+        >>> pairings(state, params)
+        {'b': Array(1., dtype=float32), 'w': Array(5., dtype=float32)}
+    """
+    found = optax.tree.get_all_with_path(state, "pairings")
+    if len(found) != 1:
+        raise ValueError(
+            f"the state has {len(found)} fields `pairings`; it must be that of one clipped "
+            "optimizer, or of one that was built with show_pairing=True"
+        )
+    numbers = jnp.asarray(found[0][1])
+    paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if numbers.shape != (len(paths),):
+        raise ValueError(
+            f"the state keeps the pairings of {numbers.size} leaves, but these parameters have "
+            f"{len(paths)}"
+        )
+    return dict(zip(paths, numbers, strict=True))
 
 
 def _for_each(

@@ -54,6 +54,7 @@ class Case:
 
 OPTIMIZERS = {
     "scion": Case(scion, {"momentum": 0.3}, True),
+    "scion showing its pairing": Case(scion, {"momentum": 0.3, "show_pairing": True}, True),
     "unconstrained_scion": Case(unconstrained_scion, {"momentum": 0.3}, False),
     "unconstrained_scion with decay": Case(
         unconstrained_scion, {"momentum": 0.3, "weight_decay": 0.1}, True

@@ -3,17 +3,25 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import naive
 from scion_jax import (
     BiasRMS,
+    ExactPolar,
     Sign,
     Spectral,
+    clipped_scion,
     dual_norm,
     frank_wolfe_gap,
+    gauge_bounds,
     gauges,
     init_params,
+    pairings,
+    scion,
+    unconstrained_clipped_scion,
+    unconstrained_scion,
     vanishing_momentum,
 )
 
@@ -91,3 +99,74 @@ def test_vanishing_momentum():
     schedule = vanishing_momentum()
     np.testing.assert_allclose([schedule(k) for k in range(3)], [1, 2**-0.5, 3**-0.5], rtol=1e-6)
     assert jax.jit(schedule)(jnp.int32(3)) == 0.5
+
+
+# Flat, for loggers
+
+PATHS = {"layer/kernel", "layer/bias", "head"}
+EXACT = NORMS | {"hidden": Spectral(3.0, orthogonalizer=ExactPolar())}
+
+
+def by_path(tree):
+    return {"head": tree["head"], **{f"layer/{k}": v for k, v in tree["layer"].items()}}
+
+
+def test_gauge_bounds_lie_between_the_gauges_and_their_promise(x64):
+    x = tree(2)
+    bounds, exact = (
+        jax.jit(lambda x: gauge_bounds(x, NORMS, LABELS))(x),
+        by_path(gauges(x, NORMS, LABELS)),
+    )
+    assert bounds.keys() == PATHS
+    for path, gauge in exact.items():
+        rows = 4 if path == "layer/kernel" else 1
+        assert gauge * (1 - 1e-9) <= bounds[path] <= gauge * rows ** (1 / 256) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **options: unconstrained_scion(0.1, EXACT, LABELS, show_pairing=True, **options),
+        lambda **options: unconstrained_clipped_scion(0.1, EXACT, LABELS, rho=1.0, **options),
+    ],
+)
+def test_pairings_are_the_dual_norms_of_the_leaves(x64, build):
+    x, d = tree(0), tree(1)
+    optimizer = build(momentum=1.0)
+    _, state = jax.jit(optimizer.update)(d, optimizer.init(x), x)
+    wanted = dual_norm(d, NORMS, LABELS)
+    found = pairings(state, x)
+    assert found.keys() == PATHS
+    for path, number in by_path(wanted.leaves).items():
+        np.testing.assert_allclose(found[path], number, rtol=1e-6)
+    np.testing.assert_allclose(optax.tree.get(state, "pairing"), wanted.total, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **options: scion(0.1, EXACT, LABELS, show_pairing=True, **options),
+        lambda **options: clipped_scion(0.1, EXACT, LABELS, rho=1e-30, **options),
+    ],
+)
+def test_constrained_pairing_is_the_frank_wolfe_gap(x64, build):
+    d = tree(1)
+    x = init_params(jax.random.key(0), d, NORMS, LABELS)
+    optimizer = build(momentum=1.0)
+    updates, state = optimizer.update(d, optimizer.init(x), x)
+    gap = frank_wolfe_gap(x, d, NORMS, LABELS)
+    np.testing.assert_allclose(optax.tree.get(state, "pairing"), gap, rtol=1e-6)
+    np.testing.assert_allclose(sum(pairings(state, x).values()), gap, rtol=1e-6)
+    plain = scion(0.1, EXACT, LABELS, momentum=1.0)
+    wanted, _ = plain.update(d, plain.init(x), x)
+    for one, other in zip(*map(jax.tree.leaves, (updates, wanted)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
+def test_state_without_pairings_is_refused():
+    x = tree(0, jnp.float32)
+    with pytest.raises(ValueError, match=r"has 0 fields `pairings`.*show_pairing=True"):
+        pairings(scion(0.1, NORMS, LABELS).init(x), x)
+    state = scion(0.1, NORMS, LABELS, show_pairing=True).init(x)
+    with pytest.raises(ValueError, match="of 3 leaves, but these parameters have 1"):
+        pairings(state, x["head"])

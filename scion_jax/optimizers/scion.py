@@ -8,8 +8,9 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from scion_jax.hyperparameters import check_learning_rate
+from scion_jax.hyperparameters import check_flag, check_learning_rate
 from scion_jax.norms import Auto
+from scion_jax.pairing import measure_pairing
 from scion_jax.resolution import Norms
 from scion_jax.transforms import (
     average_gradients,
@@ -27,6 +28,7 @@ def scion(
     *,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    show_pairing: bool = False,
     shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scion: Frank–Wolfe over norm balls, which keeps every parameter inside its ball.
@@ -47,6 +49,8 @@ def scion(
             (`label_by_path`), as in `optax.multi_transform`; None with a single norm.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        show_pairing: Keep `⟨d, w⟩` in the state, `w` being the direction of the step, as the
+            clipped optimizers do: `optax.tree.get(state, "pairing")`.
         shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
@@ -70,12 +74,15 @@ def scion(
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 2 (SCG) and 3.
     """
     check_learning_rate(learning_rate, at_most=1)
+    check_flag("show_pairing", show_pairing)
+    directions = optax.chain(
+        scale_by_lmos(norms, param_labels, shard_over), decay_weights(1.0, norms, param_labels)
+    )
     return checked(
         norms,
         param_labels,
         average_gradients(momentum, momentum_dtype),
-        scale_by_lmos(norms, param_labels, shard_over),
-        decay_weights(1.0, norms, param_labels),
+        measure_pairing(directions) if show_pairing else directions,
         descend(learning_rate),
     )
 
@@ -88,6 +95,7 @@ def unconstrained_scion(
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
     weight_decay: ArrayLike = 0.0,
+    show_pairing: bool = False,
     shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Unconstrained Scion: steps along the LMO, with optional weight decay.
@@ -108,6 +116,8 @@ def unconstrained_scion(
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         weight_decay: μ, at least 0.
+        show_pairing: Keep `⟨d, w⟩` in the state, `w` being the direction of the step, as the
+            clipped optimizers do: `optax.tree.get(state, "pairing")`.
         shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
 
     Returns:
@@ -131,11 +141,15 @@ def unconstrained_scion(
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 (uSCG) and 3; Sec. 3 for weight decay.
     """
     check_learning_rate(learning_rate)
+    check_flag("show_pairing", show_pairing)
+    directions = optax.chain(
+        scale_by_lmos(norms, param_labels, shard_over),
+        decay_weights(weight_decay, norms, param_labels),
+    )
     return checked(
         norms,
         param_labels,
         average_gradients(momentum, momentum_dtype),
-        scale_by_lmos(norms, param_labels, shard_over),
-        decay_weights(weight_decay, norms, param_labels),
+        measure_pairing(directions) if show_pairing else directions,
         descend(learning_rate),
     )
