@@ -1,10 +1,10 @@
 """Trains airbench's convolutional network on handwritten digits, or on CIFAR-10.
 
-    python examples/cnn.py                                      # 5,000 digits of MNIST
-    python examples/cnn.py --data FOLDER --width 1 --batch 2000 # CIFAR-10 as published
+    python examples/cnn.py                                       # 5,000 digits of MNIST
+    python examples/cnn.py --data FOLDER --width 1 --batch 2000  # CIFAR-10, at full width
 
 FOLDER holds CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin, test_batch.bin. Norms,
-radii, γ, α and the network are those published for Scion, with our default orthogonalizer.
+radii, γ and α are those published for Scion; the orthogonalizer, GELU's √2 and the start are ours.
 """
 
 import argparse
@@ -174,7 +174,8 @@ def draw(path: Path, losses: list, errors: list, test: Images, said: np.ndarray)
     axes.set_ylabel("training loss", color="tab:blue")
     axes = axes.twinx()
     axes.plot(np.arange(1, len(errors) + 1), errors, "o-", color="tab:orange")
-    axes.set_ylim(0, 0.2)
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_ylim(0, 1)
     axes.set_ylabel("test error", color="tab:orange")
     wrong = np.flatnonzero(said != test.classes)
     right.suptitle(f"{len(wrong)} of {len(said)} taken for others")
