@@ -6,7 +6,7 @@
 PYTHON ?=
 VENV ?= .venv
 
-# The arguments of examples/gpt.py, for example: make demo DEMO_ARGS=--resume
+# The arguments of examples/nanogpt.py, for example: make demo DEMO_ARGS=--resume
 DEMO_ARGS ?= --overwrite
 # More arguments for pytest, for example: make test PYTEST_ARGS="-m slow -k sharding"
 PYTEST_ARGS ?=
@@ -38,7 +38,7 @@ help:
 	@echo "PYTHON=3.12 (or a name, or a path) chooses the interpreter that .venv is made with."
 
 demo: $(VENV)/.installed-examples
-	@$(python) examples/gpt.py $(DEMO_ARGS)
+	@$(python) examples/nanogpt.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
 	@$(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
@@ -55,7 +55,7 @@ lint: $(VENV)/.installed-dev
 	@echo "pyright"
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(python) -m pyright --pythonpath $(python)
 
-results := benchmarks/results
+results := out/benchmarks
 
 bench: $(VENV)/.installed-examples
 	@$(python) benchmarks/step_time.py --json $(results)/step_time.json \

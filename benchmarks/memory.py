@@ -1,4 +1,4 @@
-"""Memory of a training step of the example's GPT, by optimizer.
+"""Memory of a training step of a small GPT, by optimizer.
 
     python benchmarks/memory.py                      # a Markdown table
     python benchmarks/memory.py --json memory.json   # also records for other programs
@@ -27,26 +27,26 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from block_trees import COMPARED, OURS, PEER, array_bytes, block_shapes
-from gpt_data import BYTE_VOCABULARY
-from gpt_optimizers import OPTIMIZERS, Recipe, layer_labels, layer_norms, learning_rate_schedule
-from gpt_settings import Settings, parse_settings
-from gpt_training import TrainState, make_loss, make_model, make_steps
+from optimizers import CONSTRAINED, CONTESTANTS, LABELS
 from reporting import Record, make_parser, markdown, record, report
 from scion_jax import scion, scion_light
+from training import Setting, loss_of, make_model
 
 MICROBATCHES = 4
 MEBIBYTE = 2**20
+MEASURED = Setting("", 2**-8, width=256, layers=4, batch=8, sequence=128)
 
-Optimizer = Callable[[Recipe, int], optax.GradientTransformation]  # of the microbatches per step
+Optimizer = Callable[[int], optax.GradientTransformation]  # of the microbatches per step
 
 
 @dataclass(frozen=True)
@@ -67,30 +67,46 @@ class Usage:
     step: int
 
 
-def _with_accumulator(build: Callable[[Recipe], optax.GradientTransformation]) -> Optimizer:
-    def built(recipe: Recipe, microbatches: int) -> optax.GradientTransformation:
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+        params: The model's matrices.
+        optimizer: The optimizer's state.
+    """
+
+    params: Any
+    optimizer: optax.OptState
+
+
+def _rate(count: jax.Array) -> float:
+    """The learning rate: a schedule, as in training, though its values do not matter here."""
+    del count
+    return MEASURED.learning_rate
+
+
+def _with_accumulator(optimizer: optax.GradientTransformation) -> Optimizer:
+    def built(microbatches: int) -> optax.GradientTransformation:
         if microbatches == 1:
-            return build(recipe)
-        return optax.MultiSteps(build(recipe), microbatches).gradient_transformation()
+            return optimizer
+        return optax.MultiSteps(optimizer, microbatches).gradient_transformation()
 
     return built
 
 
 def _scion(dtype: Any) -> Optimizer:
-    return _with_accumulator(
-        lambda recipe: scion(recipe.schedule, recipe.norms, recipe.labels, momentum_dtype=dtype)
-    )
+    return _with_accumulator(scion(_rate, CONSTRAINED, LABELS, momentum_dtype=dtype))
 
 
 def _scion_light(dtype: Any) -> Optimizer:
-    return lambda recipe, microbatches: scion_light(
-        recipe.schedule, recipe.norms, recipe.labels, momentum_dtype=dtype, every_k=microbatches
+    return lambda microbatches: scion_light(
+        _rate, CONSTRAINED, LABELS, momentum_dtype=dtype, every_k=microbatches
     )
 
 
 CASES: dict[str, Optimizer] = {
-    "adamw": _with_accumulator(OPTIMIZERS["adamw"].build),
-    "muon": _with_accumulator(OPTIMIZERS["muon"].build),
+    "adamw": _with_accumulator(CONTESTANTS["adamw"].build(_rate, 0.0)),
+    "muon": _with_accumulator(CONTESTANTS["muon"].build(_rate, 0.0)),
     "scion": _scion(None),
     "scion, bfloat16": _scion(jnp.bfloat16),
     "scion_light": _scion_light(None),
@@ -102,46 +118,49 @@ UPDATE_WIDTH = 768
 UPDATE_DEPTHS = (2, 4, 8)
 
 
-def default_settings(*arguments: str) -> Settings:
-    """Returns the model and the batch that are measured, unless ``arguments`` say otherwise."""
-    shape = ["--width", "256", "--layers", "4", "--batch", "8", "--sequence", "128"]
-    optimizers = {name: choice.defaults for name, choice in OPTIMIZERS.items()}
-    return parse_settings([*shape, *arguments], "", optimizers)
-
-
-def make_step(settings: Settings, name: str, microbatches: int) -> tuple[Callable, TrainState]:
+def make_step(setting: Setting, name: str, microbatches: int) -> tuple[Callable, TrainState]:
     """Makes the step and the shapes of its state.
 
     Args:
-        settings: The model and the batch.
+        setting: The model and the batch.
         name: One of `CASES`.
         microbatches: The number of parts of the batch.
 
     Returns:
-        A function of a state and the tokens of some steps, and the state's shapes.
+        A function of a state and the windows of a batch, and the state's shapes.
     """
-    logits, params = make_model(settings, BYTE_VOCABULARY)
-    norms, labels = layer_norms(settings), layer_labels(settings)
-    recipe = Recipe(learning_rate_schedule(settings), norms, labels, settings)
-    optimizer = CASES[name](recipe, microbatches)
-    state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), params)
-    return make_steps(make_loss(logits), optimizer, microbatches), state
+    optimizer, loss = CASES[name](microbatches), loss_of(setting)
+
+    def call(state: TrainState, windows: jax.Array) -> tuple[TrainState, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(state.params, windows)
+        updates, memory = optimizer.update(gradients, state.optimizer, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), memory), value
+
+    def step(state: TrainState, windows: jax.Array) -> tuple[TrainState, jax.Array]:
+        parts = windows.reshape(microbatches, -1, windows.shape[-1])
+        return jax.lax.scan(call, state, parts)
+
+    def start() -> TrainState:
+        params = nnx.state(make_model(setting, nnx.Rngs(0)), nnx.Param)
+        return TrainState(params, optimizer.init(params))
+
+    return step, nnx.eval_shape(start)
 
 
-def measure(settings: Settings, name: str, microbatches: int) -> Usage:
+def measure(setting: Setting, name: str, microbatches: int) -> Usage:
     """Compiles a step and asks what it needs.
 
     Args:
-        settings: The model and the batch.
+        setting: The model and the batch.
         name: One of `CASES`.
         microbatches: The number of parts of the batch.
 
     Returns:
         The bytes.
     """
-    step, state = make_step(settings, name, microbatches)
-    tokens = jax.ShapeDtypeStruct((1, settings.batch, settings.sequence + 1), jnp.int32)
-    plan = jax.jit(step, donate_argnums=0).lower(state, tokens).compile().memory_analysis()
+    step, state = make_step(setting, name, microbatches)
+    windows = jax.ShapeDtypeStruct((setting.batch, setting.sequence + 1), jnp.int32)
+    plan = jax.jit(step, donate_argnums=0).lower(state, windows).compile().memory_analysis()
     temporaries = plan.temp_size_in_bytes
     kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return Usage(
@@ -267,9 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; None means ``sys.argv``.
     """
     path = make_parser(__doc__).parse_args(arguments).json
-    settings = default_settings()
     usages = {
-        (name, microbatches): measure(settings, name, microbatches)
+        (name, microbatches): measure(MEASURED, name, microbatches)
         for microbatches in (1, MICROBATCHES)
         for name in CASES
     }
@@ -278,8 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, optimizer in COMPARED.items()
     }
     heading = (
-        f"MiB; width {settings.width}, {settings.layers} layers, batch {settings.batch}, sequence "
-        f"{settings.sequence}"
+        f"MiB; width {MEASURED.width}, {MEASURED.layers} layers, batch {MEASURED.batch}, sequence "
+        f"{MEASURED.sequence}"
     )
     update_heading = f"The update alone, MiB; block trees of width {UPDATE_WIDTH}"
     report(

@@ -1,11 +1,10 @@
-"""Saves the averaged gradients of the example's GPT in training: real input for orthogonalizers.
+"""Saves the averaged gradients of a small GPT in training: real input for orthogonalizers.
 
     python benchmarks/momentum_matrices.py momentum.npz --steps 100
-    python benchmarks/momentum_matrices.py momentum.npz --steps 20 --width 64 --data book.txt
 
-It trains as examples/gpt.py does, and takes that program's flags; the learning rate decays over the
-steps asked for. Saved are the averages of the hidden matrices after the last step, in float32,
-under their paths.
+It trains a small GPT by unconstrained Scion, with heads of size 64 and a learning rate that decays
+over the steps asked for. Saved are the averages of the hidden matrices after the last step, in
+float32, under their paths.
 """
 
 import argparse
@@ -14,63 +13,53 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 
 import jax
 import numpy as np
 import optax
+from flax import nnx
 
-from gpt_data import load_corpus
-from gpt_optimizers import OPTIMIZERS, layer_labels
-from gpt_settings import Settings, parse_settings
-from gpt_training import make_trainer
-
-STEPS = 100
+from optimizers import CONTESTANTS, LABELS
+from training import Setting, batches, compiled
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[Path, Settings]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[Path, Setting]:
     """Reads the command line.
 
     Args:
         arguments: The command line without the program's name; None means ``sys.argv``.
 
     Returns:
-        Where to save, and the settings of the run.
+        Where to save, and the setting of the run.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, metavar="FILE.npz", help="where to save the matrices")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"to train (default: {STEPS})")
-    options, flags = parser.parse_known_args(arguments)
-    optimizers = {name: choice.defaults for name, choice in OPTIMIZERS.items()}
-    return options.file, parse_settings(["--steps", str(options.steps), *flags], "", optimizers)
+    for name, default in {"steps": 100, "width": 128, "layers": 3, "sequence": 128}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    options = vars(parser.parse_args(arguments))
+    return options.pop("file"), Setting("unconstrained_scion", 2**-5, batch=16, **options)
 
 
-def hidden_averages(settings: Settings) -> dict[str, np.ndarray[Any, Any]]:
+def hidden_averages(setting: Setting) -> dict[str, np.ndarray[Any, Any]]:
     """Trains and takes the averages out of the optimizer's state.
 
     Args:
-        settings: The settings of the run.
+        setting: The run.
 
     Returns:
         The average gradient of each hidden matrix by its path.
-
-    Raises:
-        ValueError: If the optimizer keeps no average of gradients.
     """
-    corpus = load_corpus(settings.data)
-    text, _ = corpus.split()
-    trainer = make_trainer(settings, corpus.vocabulary)
-    state = trainer.initial
-    for step in range(settings.steps):
-        batch = text.random_windows(settings.seed, step, settings.batch, settings.sequence + 1)
-        state, _ = trainer.steps(state, batch[None])
-    average = optax.tree.get(state.optimizer, "average")
-    if average is None:
-        raise ValueError(f"{settings.optimizer} keeps no average of gradients")
-    labels = jax.tree.leaves(layer_labels(settings)(state.params))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(average)
+    start, steps, _ = compiled(setting, CONTESTANTS[setting.contestant])
+    windows = batches(setting, 0, setting.steps)
+    (params, memory), _ = steps(
+        start(jax.random.key(setting.seed)), windows, setting.learning_rate, setting.rho
+    )
+    labels = jax.tree.leaves(LABELS(params))
+    average = nnx.to_pure_dict(optax.tree.get(memory, "average"))
+    leaves = jax.tree_util.tree_leaves_with_path(average)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float32)
         for (path, leaf), label in zip(leaves, labels, strict=True)
@@ -84,13 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; None means ``sys.argv``.
     """
-    path, settings = parse(arguments)
-    averages = hidden_averages(settings)
+    path, setting = parse(arguments)
+    averages = hidden_averages(setting)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Through a file object: given a name, NumPy may append a suffix to it.
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **averages)
-    print(f"{len(averages)} matrices after {settings.steps} steps: {path}")
+    print(f"{len(averages)} matrices after {setting.steps} steps: {path}")
 
 
 if __name__ == "__main__":

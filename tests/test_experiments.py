@@ -1,0 +1,179 @@
+"""The experiments: that they try, keep, judge and draw what they say."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "experiments"))
+
+import batch_size
+import boundedness
+import clipping
+import coordinate_check
+import precision
+import records
+import steps_to_loss
+import training
+import transfer
+from optimizers import CONTESTANTS, GRID_STEPS
+from training import Outcome, Setting
+
+TINY = Setting("scion", 2**-8, width=64, layers=1, batch=2, sequence=8, steps=4, evaluate_every=2)
+
+
+@pytest.fixture
+def landscape(monkeypatch):
+    """Has training take no time: the loss is lowest at a learning rate of 2^-5."""
+    made = []
+
+    def train(setting, contestants):
+        assert setting.contestant in contestants
+        made.append(setting)
+        distance = abs(math.log2(setting.learning_rate) + 5)
+        loss = 1 + 0.1 * distance + 0.001 * setting.seed + 1 / setting.steps
+        count = setting.steps // setting.evaluate_every
+        validation = [loss + 1 / (1 + index) for index in range(count)]
+        validation[-1] = loss if setting.learning_rate < 0.25 else math.nan
+        return Outcome(validation, [2.0] * count, 0.1)
+
+    monkeypatch.setattr(records, "train", train)
+    return made
+
+
+def test_a_run_is_made_once_and_kept(tmp_path, landscape):
+    path = tmp_path / "new" / "runs.json"
+    first = records.Records(path).run([TINY])
+    assert records.Records(path).run([TINY]) == first
+    assert landscape == [TINY]
+    kept = json.loads(path.read_text())
+    assert kept["runs"][0]["setting"] == dataclasses.asdict(TINY)
+    assert "JAX" in kept["machine"]
+    assert kept["commit"]
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_tuning_tries_the_whole_grid_and_seeds_at_its_best(tmp_path, landscape):
+    setting = dataclasses.replace(TINY, contestant="muon")
+    tuned = records.tune(records.Records(tmp_path / "runs.json"), setting)
+    assert list(tuned.grid) == CONTESTANTS["muon"].grid()
+    assert len(tuned.grid) == GRID_STEPS
+    assert tuned.best.learning_rate == 2**-5
+    assert tuned.losses == pytest.approx([1.25, 1.251, 1.252])
+    assert tuned.summary() == ["2^-5", "1.2510 ± 0.0010"]
+    assert len(landscape) == GRID_STEPS + 2
+
+
+@pytest.mark.parametrize("around", [2**-9, 2**-5, 2**-3])
+def test_a_walk_ends_where_both_neighbours_are_worse(tmp_path, landscape, around):
+    tuned = records.tune(records.Records(tmp_path / "runs.json"), TINY, 1, around)
+    assert tuned.best.learning_rate == 2**-5
+    assert {2**-6, 2**-4} <= tuned.grid.keys()
+    assert set(tuned.grid) <= {2.0**exponent for exponent in range(-10, 0)}
+
+
+def test_an_end_of_the_grid_is_said(tmp_path, landscape):
+    setting = dataclasses.replace(TINY, contestant="scion")  # its grid ends at 2^-6
+    tuned = records.tune(records.Records(tmp_path / "runs.json"), setting, 1)
+    assert tuned.summary()[0] == "2^-6 (an end of the grid)"
+
+
+def test_a_diverged_run_loses():
+    assert Outcome([1.0, math.nan], [], 0.0).loss == math.inf
+
+
+def outcomes(losses):
+    return {count: [Outcome([loss], [], 0.0)] for count, loss in losses.items()}
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ({50: 3.0, 75: 2.0, 100: 1.0}, 87.5),
+        ({50: 1.4, 75: 1.2, 100: 1.0}, 50),
+        ({50: 3.0, 75: 2.0, 100: 1.6}, None),
+        ({50: 1.4, 75: 1.6, 100: 1.4}, 87.5),  # what a short run reached by luck does not count
+    ],
+)
+def test_steps_to_a_loss_are_read_off(losses, steps):
+    assert steps_to_loss.steps_needed(outcomes(losses), 1.5) == steps
+
+
+def test_steps_on_a_curve_are_read_off(monkeypatch):
+    monkeypatch.setattr(clipping, "SMOOTHING", 1)
+    runs = [Outcome([4.0, 3.0, 2.0], [1.0] * 3, 0.0), Outcome([2.0, 1.0, 0.0], [1.0] * 3, 0.0)]
+    tuned = records.Tuned(dataclasses.replace(TINY, evaluate_every=10), {}, runs)
+    assert clipping.steps_to(tuned, 1.5) == 25
+    assert clipping.steps_to(tuned, 5.0) == 10
+    assert clipping.steps_to(tuned, 0.5) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "pictures", "printed"),
+    [
+        (transfer.main, ["--sizes", "64", "512"], ["runs.png"], "moves by a factor of 2^+0"),
+        (transfer.main, ["--depth"], ["depth.png"], "| muon | 16 | 2^-5 | 1.0"),
+        (steps_to_loss.main, [], ["runs.png"], "steps to adamw's loss"),
+        (batch_size.main, [], ["runs.png"], "| muon | 512 |"),
+        (precision.main, [], ["runs.png"], "| SVD, float32 | 2^-5 |"),
+        (
+            clipping.main,
+            [],
+            ["runs_scion.png", "runs_unconstrained_scion.png"],
+            "| unconstrained_clipped_scion | 8 | 2^-5 |",
+        ),
+    ],
+)
+def test_an_experiment_prints_a_table_and_draws(
+    tmp_path, landscape, capsys, main, flags, pictures, printed
+):
+    main(["--out", str(tmp_path / "runs.json"), *flags])
+    for picture in pictures:
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "scion" else pytest.mark.slow) for name in CONTESTANTS],
+)
+def test_every_contestant_learns(name):
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam mixes dtypes
+        rate = CONTESTANTS[name].grid()[-3]
+        setting = dataclasses.replace(TINY, contestant=name, learning_rate=rate, rho=1.0, steps=40)
+        setting = dataclasses.replace(setting, sequence=32, batch=8, evaluate_every=20)
+        outcome = training.train(setting)
+    assert outcome.loss < math.log(256) - 1
+    assert len(outcome.validation) == 2
+    assert len(outcome.pairing) == (2 if "scion" in name and name != "scion_light" else 0)
+    assert outcome == dataclasses.replace(training.train(setting), seconds=outcome.seconds)
+
+
+@pytest.mark.slow
+def test_norms_are_followed(tmp_path, capsys):
+    boundedness.main(["--out", str(tmp_path / "runs.json"), "--steps", "60"])
+    kept = json.loads((tmp_path / "runs.json").read_text())["gauges"]
+    assert max(max(numbers) for numbers in kept["scion"].values()) < 1.02
+    head = np.array(kept["unconstrained_scion"]["head"])
+    assert head[0] == 0
+    assert (np.diff(head[:10]) > 0).all()
+    assert (tmp_path / "runs.png").is_file()
+    assert "unconstrained_scion" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_activations_are_measured(tmp_path, capsys):
+    flags = ["--widths", "64", "128", "--seeds", "1"]
+    coordinate_check.main(["--out", str(tmp_path / "runs.json"), *flags])
+    kept = json.loads((tmp_path / "runs.json").read_text())["root mean squares"]
+    sizes = kept["√(d_out/d_in)"]
+    assert sizes["64"]["logits, start"] == 0
+    assert 0.5 < sizes["64"]["block 1, change"] / sizes["128"]["block 1, change"] < 2
+    assert (tmp_path / "runs.png").is_file()
+    assert "block 1, start" in capsys.readouterr().out
