@@ -1,0 +1,200 @@
+"""Trains a small GPT on text, and continues where it stopped. Published settings of nanoGPT (124M):
+
+    python examples/nanogpt.py --data *.bin --optimizer scion --tied --width 768 --layers 12 \\
+        --heads 6 --sequence 1024 --learning-rate 0.00024414 --hidden-radius 50 --head-radius 3000
+"""
+
+import sysconfig
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import scion_jax
+from scion_jax import ColNorm, Sign, Spectral, flax_norms, init_params, scaled_relu_squared
+
+NUMBERS = {"width": 128, "layers": 3, "heads": 4, "sequence": 128, "batch": 16, "steps": 700}
+NUMBERS |= {"seed": 1, "save_every": 200, "sample_length": 400}
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
+CHUNK = 20  # steps in one compiled call; on a CPU they take two thirds of the time
+rms_norm = nnx.RMSNorm(1, use_scale=False, rngs=nnx.Rngs())  # for any width, no parameters
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Turns pairs of channels by angles that grow with the position: rotary embedding."""
+    angle = np.outer(range(x.shape[1]), 1e4 ** -np.linspace(0, 1, x.shape[3] // 2, False))[:, None]
+    (left, right), cosine, sine = jnp.split(x, 2, axis=-1), jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([left * cosine - right * sine, left * sine + right * cosine], axis=-1)
+
+
+class Block(nnx.Module):
+    """Causal attention, then a perceptron, each added to what it reads in normalized form."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
+        self.heads, square = heads, partial(nnx.Linear, width, width, use_bias=False, rngs=rngs)
+        self.query, self.key, self.value, self.output = square(), square(), square(), square()
+        self.expand = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
+        self.contract = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        matrices, per_head = (self.query, self.key, self.value), (*x.shape[:2], self.heads, -1)
+        query, key, value = (matrix(rms_norm(x)).reshape(per_head) for matrix in matrices)
+        query, key = rotate(rms_norm(query)), rotate(rms_norm(key))
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.output(mixed.reshape(x.shape))
+        return x + self.contract(scaled_relu_squared(self.expand(rms_norm(x))))
+
+
+class GPT(nnx.Module):
+    """Maps tokens ``(batch, sequence)`` to logits; every parameter is a matrix."""
+
+    def __init__(
+        self, vocabulary: int, width: int, layers: int, heads: int, tied: bool, rngs: nnx.Rngs
+    ) -> None:
+        self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.blocks = nnx.Sequential(*[Block(width, heads, rngs) for _ in range(layers)])
+        self.head = None if tied else nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.blocks(rms_norm(self.embedding(tokens)))
+        return (self.head or self.embedding.attend)(rms_norm(x))
+
+
+def read_tokens(files: list[str | Path]) -> tuple[np.ndarray, int]:
+    """Reads text, or FineWeb shards: 256 int32 (magic, version, count), then uint16 tokens."""
+    root = Path(sysconfig.get_path("stdlib"))
+    sources = (p for p in root.rglob("*.py") if LEFT_OUT.isdisjoint(p.relative_to(root).parts))
+    paths = [Path(file) for file in files] or sorted(sources)
+    if not any(path.suffix == ".bin" for path in paths):
+        return np.frombuffer(b"\n".join(path.read_bytes() for path in paths), np.uint8), 256
+    for path in paths:
+        magic, version, count, *_ = [*np.fromfile(path, "<i4", 256).tolist(), 0, 0, 0]
+        if (magic, version) != (20240520, 1) or not 0 < 2 * count == path.stat().st_size - 1024:
+            raise ValueError(f"{path}: no FineWeb shard (20240520, 1, …), or a truncated one")
+    shards = [np.memmap(path, "<u2", "r", 1024) for path in paths]
+    return shards[0] if len(shards) == 1 else np.concatenate(shards), 50304
+
+
+def random_windows(tokens: np.ndarray, seed: int, step: int, batch: int, length: int) -> np.ndarray:
+    """Cuts out what the step after ``step`` steps sees; no data position has to be saved."""
+    starts = np.random.default_rng((seed, step)).integers(len(tokens) - length + 1, size=batch)
+    return tokens[starts[:, None] + np.arange(length)].astype(np.int32)
+
+
+def mean_loss(model: GPT, windows: jax.Array) -> jax.Array:
+    """Returns nats per token."""
+    logits = model(windows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+@nnx.jit(donate_argnums=0)
+@nnx.scan
+def train(run: tuple[GPT, nnx.Optimizer], windows: jax.Array) -> tuple[tuple, jax.Array]:
+    """Makes a step with every batch."""
+    model, optimizer = run
+    loss, gradients = nnx.value_and_grad(mean_loss)(model, windows)
+    optimizer.update(model, gradients)
+    return run, loss
+
+
+def report(folder: Path, losses: np.ndarray) -> None:
+    """Replaces the table and the picture of the losses, once the new ones are complete."""
+    table = np.column_stack([np.arange(1, 1 + len(losses)), losses])
+    np.savetxt(folder / "csv.tmp", table, "%.9g", ",", header="step,train,validation", comments="")
+    axes = Figure().subplots()
+    axes.legend(axes.plot(table[:, 0], losses, "."), ["training", "validation"])
+    axes.set(xlabel="step", ylabel="nats per token", ylim=(None, np.quantile(losses[:, 0], 0.98)))
+    axes.figure.savefig(folder / "png.tmp", format="png")
+    for kind in ("csv", "png"):
+        (folder / f"{kind}.tmp").replace(folder / f"loss.{kind}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, or continues to train, and shows what came out."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], metavar="FILE", help="text, or FineWeb shards (.bin)")
+    add("--out", type=Path, default="runs/nanogpt", help="folder (default: runs/nanogpt)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--optimizer", choices=("unconstrained_scion", "scion"), default="unconstrained_scion")
+    add("--tied", action="store_true", help="use the embedding as the head, too")
+    for name, default in NUMBERS.items():
+        add(f"--{name}".replace("_", "-"), type=int, default=default, help=f"default: {default}")
+    for name in ("--learning-rate", "--hidden-radius", "--head-radius"):
+        add(name, type=float, help="default: what suits the optimizer")
+    settings = parser.parse_args(arguments)
+    if min(vars(settings)[name] for name in NUMBERS) < 1 or settings.width % (2 * settings.heads):
+        raise ValueError("numbers must be positive, and --width a multiple of two times --heads")
+    facts = vars(settings) | dict.fromkeys(("out", "resume", "overwrite", "sample_length"))
+    tokens, vocabulary = read_tokens(settings.data)
+    text, held_out = np.split(tokens, [len(tokens) * 9 // 10])
+    length, args, items = settings.sequence + 1, ocp.args, ocp.args.Composite
+    if len(held_out) < length:
+        raise ValueError(f"{len(tokens)} tokens are too few for --sequence {settings.sequence}")
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    manager = ocp.CheckpointManager(settings.out.absolute() / "checkpoints", options=options)
+    for old in manager.all_steps() if settings.overwrite else ():
+        manager.delete(old)
+    start = manager.latest_step() or 0
+    if start and not settings.resume:
+        raise ValueError(f"{settings.out} holds a run: give --resume, --overwrite or another --out")
+
+    sizes = (settings.width, settings.layers, settings.heads, settings.tied)
+    model = GPT(vocabulary, *sizes, nnx.Rngs(settings.seed))
+    algorithm = scion_jax.scion if settings.optimizer == "scion" else scion_jax.unconstrained_scion
+    ball = 8 if settings.optimizer == "scion" else 1  # where parameters stay in it: large
+    hidden, head = settings.hidden_radius or 0.5 * ball, settings.head_radius or 8.0 * ball
+    last = {"^embedding": Sign(head)} if settings.tied else {"^head": Sign(head, zero_init=True)}
+    rules = {} if settings.tied else {"^embedding": ColNorm()}
+    norms, labels = flax_norms(model, hidden=Spectral(hidden), last=last, rules=rules)
+    params = nnx.state(model, nnx.Param)
+    print(scion_jax.describe(params, norms, labels))
+    nnx.update(model, init_params(jax.random.key(settings.seed), params, norms, labels))
+    rate, decay = settings.learning_rate or 2**-5 / ball, max(1, round(0.285 * settings.steps))
+    schedule = optax.linear_schedule(rate, 0.0, decay, settings.steps - decay)
+    run = model, nnx.Optimizer(model, algorithm(schedule, norms, labels), wrt=nnx.Param)
+    state = {"run": nnx.state(run), "losses": np.full((settings.steps, 2), np.nan, "f")}
+    if start:
+        try:
+            then = manager.restore(start, args=items(facts=args.JsonRestore()))["facts"]
+            if own := {name: then[name] for name in facts if facts[name] != then[name]}:
+                raise SystemExit(f"nanogpt.py: --resume needs the settings of the run: {own}")
+            state = manager.restore(start, args=items(state=args.StandardRestore(state)))["state"]
+        except Exception as error:  # of many types
+            raise ValueError(f"{manager.directory / str(start)}: damaged, remove it") from error
+        nnx.update(run, state["run"])
+    losses, validate, predict = np.array(state["losses"]), nnx.jit(mean_loss), nnx.jit(GPT.__call__)
+    rows = held_out[: len(held_out) // length * length].reshape(-1, length).astype(np.int32)
+    even = rows[np.linspace(0, len(rows) - 1, 32 * settings.batch).astype(int)]
+    draw = partial(random_windows, text, settings.seed, batch=settings.batch, length=length)
+    for step in (bar := tqdm(range(start, settings.steps, CHUNK), unit_scale=CHUNK)):
+        stop = min(step + CHUNK, settings.steps)
+        losses[step:stop, 0] = train(run, np.stack([*map(draw, range(step, stop))]))[1]
+        bar.set_postfix(loss=losses[stop - 1, 0])
+        if stop % settings.save_every == 0 or stop == settings.steps:
+            losses[stop - 1, 1] = np.mean([validate(model, batch) for batch in np.split(even, 32)])
+            report(settings.out, losses[:stop])
+            saved = args.StandardSave({"run": nnx.state(run), "losses": losses})
+            manager.save(stop, args=items(state=saved, facts=args.JsonSave(facts)))
+    sample, generator = even[0, 1:], np.random.default_rng(settings.seed)
+    for _ in range(settings.sample_length):
+        scores = predict(model, sample[None, -settings.sequence :])[0, -1] / 0.7
+        sample = np.append(sample, np.argmax(scores + generator.gumbel(size=vocabulary)))
+    print(bytes(sample.tolist()).decode(errors="replace") if vocabulary == 256 else sample)
+    print(f"validation loss {losses[-1, 1]:.4f} nats per token; see {settings.out}/loss.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"nanogpt.py: {error}") from error
