@@ -21,7 +21,7 @@ from tqdm import tqdm
 import scion_jax
 from scion_jax import ColNorm, Sign, Spectral, flax_norms, init_params, scaled_relu_squared
 
-NUMBERS = {"width": 128, "layers": 3, "heads": 4, "sequence": 128, "batch": 16, "steps": 700}
+NUMBERS = {"width": 128, "layers": 3, "heads": 4, "sequence": 128, "batch": 16, "steps": 600}
 NUMBERS |= {"seed": 1, "save_every": 200, "sample_length": 400}
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 CHUNK = 20  # steps in one compiled call; on a CPU they take two thirds of the time
@@ -110,7 +110,7 @@ def report(folder: Path, losses: np.ndarray) -> None:
     table = np.column_stack([np.arange(1, 1 + len(losses)), losses])
     np.savetxt(folder / "csv.tmp", table, "%.9g", ",", header="step,train,validation", comments="")
     axes = Figure().subplots()
-    axes.legend(axes.plot(table[:, 0], losses, "."), ["training", "validation"])
+    axes.legend(axes.plot(*table.T[:2], "-", *table.T[::2], "o"), ["training", "validation"])
     axes.set(xlabel="step", ylabel="nats per token", ylim=(None, np.quantile(losses[:, 0], 0.98)))
     axes.figure.savefig(folder / "png.tmp", format="png")
     for kind in ("csv", "png"):
