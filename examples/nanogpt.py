@@ -21,7 +21,7 @@ from tqdm import tqdm
 import scion_jax
 from scion_jax import ColNorm, Sign, Spectral, flax_norms, init_params, scaled_relu_squared
 
-NUMBERS = {"width": 128, "layers": 3, "heads": 4, "sequence": 128, "batch": 16, "steps": 700}
+NUMBERS = {"width": 128, "layers": 3, "heads": 4, "sequence": 128, "batch": 16, "steps": 600}
 NUMBERS |= {"seed": 1, "save_every": 200, "sample_length": 400}
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 CHUNK = 20  # steps in one compiled call; on a CPU they take two thirds of the time
