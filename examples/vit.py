@@ -19,16 +19,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from scion_jax import (
-    BiasRMS,
-    Sign,
-    Spectral,
-    describe,
-    flax_norms,
-    init_params,
-    scaled_gelu,
-    scion,
-)
+from scion_jax import BiasRMS, Sign, Spectral, describe, flax_norms, init_params, scaled_gelu, scion
 
 RADIUS = 4.0  # of hidden layers; the head's is 20 times as large, DeiT's 500 to 25
 SIZES = {"patch": 7, "width": 64, "depth": 4, "heads": 4, "batch": 50, "epochs": 15}

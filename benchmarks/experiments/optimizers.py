@@ -50,7 +50,7 @@ class Contestant:
     Attributes:
         build: Makes it from a schedule of the learning rate and ρ, which most leave aside.
         smallest: The binary exponent of the smallest learning rate of its grid.
-        norms: The balls on which parameters start; None leaves them as Flax starts them.
+        norms: The balls on which parameters start; None: small normal numbers.
     """
 
     build: Build

@@ -28,7 +28,7 @@ from scion_jax import init_params
 HEAD_SIZE = 64
 HELD_OUT = 0.1
 EVALUATION_WINDOWS = 128
-NEVER_CLIPS = 0.0
+DEVIATION = 0.02  # of the first parameters, for AdamW and Muon, as in nanoGPT
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Setting:
     contestant: str
     learning_rate: float
     seed: int = 0
-    rho: float = NEVER_CLIPS
+    rho: float = 1.0
     width: int = 128
     layers: int = 2
     batch: int = 32
@@ -137,7 +137,10 @@ def compiled(setting: Setting, contestant: Contestant) -> tuple[Callable, Callab
 
     def start(key: jax.Array) -> tuple[Any, Any]:
         params = nnx.state(make_model(setting, nnx.Rngs(key)), nnx.Param)
-        if contestant.norms is not None:
+        if contestant.norms is None:
+            params = optax.tree.random_like(key, params, jax.random.normal)
+            params = optax.tree.scale(DEVIATION, params)
+        else:
             params = init_params(key, params, contestant.norms, LABELS)
         return params, optimizer(jnp.ones([]), jnp.ones([])).init(params)
 
