@@ -16,7 +16,7 @@ import optax
 
 from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
-from scion_jax.pairing import in_order, no_pairings, pair
+from scion_jax.pairing import pair
 
 
 class ClipByPairingState(NamedTuple):
@@ -25,14 +25,12 @@ class ClipByPairingState(NamedTuple):
     Attributes:
         count: Number of updates made, int32.
         pairing: The last `⟨d, w⟩`, summed over all leaves, at least float32. To choose ρ, watch it.
-        pairings: `⟨d_l, w_l⟩` of each leaf, `(leaves,)`, in the order of `jax.tree.leaves`.
         factor: What the last directions were multiplied by, in [0, 1].
         inner_state: State of the wrapped transformation.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     pairing: jax.Array
-    pairings: jax.Array
     factor: jax.Array
     inner_state: Any
 
@@ -94,31 +92,28 @@ def clip_by_pairing(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ClipByPairingState:
-        pairing, pairings = no_pairings(params)
+        dtype = numerics.widest(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
         # An array for each field: donation takes none twice.
-        count, factor = jnp.zeros([], jnp.int32), jnp.zeros([], pairing.dtype)
-        return ClipByPairingState(count, pairing, pairings, factor, inner.init(params))
+        pairing, factor = jnp.zeros([], dtype), jnp.zeros([], dtype)
+        return ClipByPairingState(jnp.zeros([], jnp.int32), pairing, factor, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         dtype = state.pairing.dtype
         ds, structure = jax.tree.flatten(updates)
         ws = structure.flatten_up_to(directions)
-        groups = sharding.varying_alike(ds, ws)
-        measured: list[jax.Array] = []
-        gain = jnp.zeros([], dtype)
-        for members in groups:
+        pairing = gain = jnp.zeros([], dtype)
+        for members in sharding.varying_alike(ds, ws):
             some_ds, some_ws = [ds[i] for i in members], [ws[i] for i in members]
-            products = pair(some_ds, some_ws, dtype)
+            pairings = pair(some_ds, some_ws, dtype)
             d_lengths, w_lengths = jnp.split(_lengths([*some_ds, *some_ws], dtype), 2)
-            measured.append(products)
-            gain += jnp.sum(_gains(products, d_lengths, w_lengths))
-            climbs = jnp.where(products < 0, products / numerics.nonzero(d_lengths), 0)
+            pairing += jnp.sum(pairings)
+            gain += jnp.sum(_gains(pairings, d_lengths, w_lengths))
+            climbs = jnp.where(pairings < 0, pairings / numerics.nonzero(d_lengths), 0)
             shares = climbs / numerics.nonzero(d_lengths)
             for i, share in zip(members, shares, strict=True):
                 # Without what climbs: w − ⟨d, w⟩ d / ‖d‖² if ⟨d, w⟩ < 0.
                 ws[i] = (ws[i].astype(dtype) - share * ds[i].astype(dtype)).astype(ws[i].dtype)
-        pairings = in_order(groups, measured, dtype)
         directions = jax.tree.unflatten(structure, ws)
         threshold = jnp.asarray(hyperparameters.value_at(rho, state.count), dtype)
         if squared_norm is not None:
@@ -128,8 +123,7 @@ def clip_by_pairing(
         factor = jnp.where(gain >= threshold, jnp.ones_like(quotient), quotient)
         directions = jax.tree.map(lambda w: (factor * w.astype(dtype)).astype(w.dtype), directions)
         count = jnp.asarray(optax.safe_increment(state.count))
-        pairing = jnp.sum(pairings)
-        return directions, ClipByPairingState(count, pairing, pairings, factor, inner_state)
+        return directions, ClipByPairingState(count, pairing, factor, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -165,10 +165,10 @@ def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
         ⟨d_l, w_l⟩ = ⟨d_l, x_l⟩ + radius_l ‖d_l‖_{l,*}   constrained
 
     It is what the leaf's step gains to first order, per unit of learning rate. Their sum is the
-    `pairing` that clipped optimizers compare with ρ.
+    `pairing` of the state, which clipped optimizers compare with ρ.
 
     Args:
-        state: State of a clipped optimizer, or of one that was built with `show_pairing=True`.
+        state: State of an optimizer that was built with `show_pairing=True`.
         params: The parameters, or their shapes: all that the optimizer has.
 
     Returns:
@@ -189,8 +189,8 @@ def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
     found = optax.tree.get_all_with_path(state, "pairings")
     if len(found) != 1:
         raise ValueError(
-            f"the state has {len(found)} fields `pairings`; it must be that of one clipped "
-            "optimizer, or of one that was built with show_pairing=True"
+            f"the state has {len(found)} fields `pairings`; it must be that of one optimizer that "
+            "was built with show_pairing=True"
         )
     numbers = jnp.asarray(found[0][1])
     paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]

@@ -63,7 +63,10 @@ def measure_pairing(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> MeasurePairingState:
-        return MeasurePairingState(*no_pairings(params), inner.init(params))
+        leaves = jax.tree.leaves(params)
+        dtype = numerics.widest(jnp.float32, *(leaf.dtype for leaf in leaves))
+        pairings = jnp.zeros([len(leaves)], dtype)
+        return MeasurePairingState(jnp.zeros([], dtype), pairings, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
@@ -72,17 +75,11 @@ def measure_pairing(
         dtype = state.pairing.dtype
         groups = sharding.varying_alike(ds, ws)
         measured = [pair([ds[i] for i in some], [ws[i] for i in some], dtype) for some in groups]
-        pairings = in_order(groups, measured, dtype)
+        order = np.argsort(np.concatenate([*groups, np.zeros(0, int)]))
+        pairings = jnp.concatenate([*measured, jnp.zeros(0, dtype)])[order]
         return directions, MeasurePairingState(jnp.sum(pairings), pairings, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def no_pairings(params: Any) -> tuple[jax.Array, jax.Array]:
-    """Makes the first `pairing` and `pairings`: zeros, in at least float32."""
-    leaves = jax.tree.leaves(params)
-    dtype = numerics.widest(jnp.float32, *(leaf.dtype for leaf in leaves))
-    return jnp.zeros([], dtype), jnp.zeros([len(leaves)], dtype)
 
 
 def pair(ds: Sequence[jax.Array], ws: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
@@ -98,22 +95,3 @@ def pair(ds: Sequence[jax.Array], ws: Sequence[jax.Array], dtype: jnp.dtype) -> 
     """
     own = [numerics.inner_product(d, w).astype(dtype) for d, w in zip(ds, ws, strict=True)]
     return sharding.reduce_varying(jax.lax.psum, jnp.stack(own))
-
-
-def in_order(
-    groups: Sequence[Sequence[int]], numbers: Sequence[jax.Array], dtype: jnp.dtype
-) -> jax.Array:
-    """Joins the numbers of groups of leaves, in the order of the leaves.
-
-    Args:
-        groups: The positions of the leaves of each group.
-        numbers: An array for each group.
-        dtype: Of the result, where there is no leaf.
-
-    Returns:
-        Array `(leaves,)`.
-    """
-    if len(groups) < 2:
-        return numbers[0] if groups else jnp.zeros([0], dtype)
-    order = np.argsort(np.concatenate(groups))
-    return jnp.concatenate(numbers)[order]

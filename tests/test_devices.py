@@ -176,15 +176,19 @@ def test_inside_pmap(names, expected):
         close(jax.tree.map(lambda x, d=device: x[d], result), expected["clipped_scion"])
 
 
-def test_pairing_of_parts_inside_shard_map():
+@pytest.mark.parametrize("clipped", [False, True])
+def test_pairing_of_parts_inside_shard_map(clipped):
     """A leaf that is split over a mapped axis counts with all of its parts, once."""
     mesh = make("8", "Auto")
     split, whole = PartitionSpec("fsdp"), PartitionSpec()
     params = {"a": jnp.zeros((8, 4)), "b": jnp.zeros((3, 5))}
     gradients = {"a": jnp.arange(32.0).reshape(8, 4) - 9, "b": jnp.ones((3, 5))}
-    built = scion_jax.unconstrained_clipped_scion(
-        0.1, scion_jax.Sign(normalized=False), rho=1e4, momentum=1.0
+    algorithm, options = (
+        (scion_jax.unconstrained_clipped_scion, {"rho": 1e4})
+        if clipped
+        else (scion_jax.unconstrained_scion, {"show_pairing": True})
     )
+    built = algorithm(0.1, scion_jax.Sign(normalized=False), momentum=1.0, **options)
 
     def scanned(params, gradients):
         def step(carry, _):

@@ -210,7 +210,8 @@ def test_truncated_numbers_are_refused(whole, book, tmp_path):
     command = [sys.executable, nanogpt.__file__, *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"nanogpt.py: {out}/checkpoints/8: damaged, remove it" in done.stderr.splitlines()
+    # In whatever line: broken coroutines write into the same one.
+    assert f"nanogpt.py: {out}/checkpoints/8: damaged, remove it" in done.stderr
 
 
 # Command line
