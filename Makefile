@@ -25,15 +25,16 @@ define install
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 endef
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench release-check clean
 .NOTPARALLEL:
 
 help:
-	@echo "make demo    train a small GPT with Scion on text that this machine has (under 4 minutes)"
-	@echo "make test    run the tests but the slow ones; those: make test-slow"
-	@echo "make lint    ruff check, ruff format --check, pyright"
-	@echo "make bench   measure time, memory and accuracy; see benchmarks/README.md"
-	@echo "make clean   remove the virtual environments, caches and build outputs"
+	@echo "make demo           train a small GPT on text that this machine has (under 4 minutes)"
+	@echo "make test           run the tests but the slow ones; those: make test-slow"
+	@echo "make lint           ruff check, ruff format --check, pyright"
+	@echo "make bench          measure time, memory and accuracy; see benchmarks/README.md"
+	@echo "make release-check  build what would be released, install it and try it"
+	@echo "make clean          remove the virtual environments, caches and build outputs"
 	@echo
 	@echo "PYTHON=3.12 (or a name, or a path) chooses the interpreter that .venv is made with."
 
@@ -65,6 +66,10 @@ bench: $(VENV)/.installed-examples
 	@$(python) benchmarks/momentum_matrices.py $(results)/momentum.npz
 	@$(python) benchmarks/orthogonalization.py --matrices $(results)/momentum.npz \
 		--json $(results)/orthogonalization.json
+
+# Leaves what can be uploaded in dist/. It makes environments of its own, so VENV plays no part.
+release-check:
+	@interpreter=$$(.ci/find-python "$(PYTHON)") && "$$interpreter" .ci/release-check
 
 # Remade when an interrupted run left no interpreter, or one whose target is gone.
 $(python):
