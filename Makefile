@@ -25,7 +25,7 @@ define install
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 endef
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench docs clean
 .NOTPARALLEL:
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make test    run the tests but the slow ones; those: make test-slow"
 	@echo "make lint    ruff check, ruff format --check, pyright"
 	@echo "make bench   measure time, memory and accuracy; see benchmarks/README.md"
+	@echo "make docs    build the documentation into out/docs"
 	@echo "make clean   remove the virtual environments, caches and build outputs"
 	@echo
 	@echo "PYTHON=3.12 (or a name, or a path) chooses the interpreter that .venv is made with."
@@ -66,6 +67,11 @@ bench: $(VENV)/.installed-examples
 	@$(python) benchmarks/orthogonalization.py --matrices $(results)/momentum.npz \
 		--json $(results)/orthogonalization.json
 
+# NO_MKDOCS_2_WARNING silences Material's advertisement of its successor.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	@echo "out/docs/index.html"
+
 # Remade when an interrupted run left no interpreter, or one whose target is gone.
 $(python):
 	@interpreter=$$(.ci/find-python "$(PYTHON)") && \
@@ -75,7 +81,7 @@ $(python):
 
 # Stamps. Each extra contains the one before, so installing it settles that one too.
 # They say nothing once the interpreter is gone.
-stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled)
+stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled docs)
 ifneq ($(shell test -x $(python) && echo yes),yes)
 .PHONY: $(stamps)
 endif
@@ -92,6 +98,10 @@ $(VENV)/.installed-test: pyproject.toml | $(python)
 $(VENV)/.installed-compiled: pyproject.toml | $(python)
 	$(call install,test$(comma)compiled)
 	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(python)
+	$(call install,docs)
+	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(python)
 	$(call install,dev)
