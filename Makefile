@@ -25,14 +25,15 @@ define install
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 endef
 
-.PHONY: help demo test test-slow lint bench release-check clean
+.PHONY: help demo test test-slow lint bench docs release-check clean
 .NOTPARALLEL:
 
 help:
-	@echo "make demo           train a small GPT on text that this machine has (under 4 minutes)"
+	@echo "make demo           train a small GPT on text that this machine has (2 minutes)"
 	@echo "make test           run the tests but the slow ones; those: make test-slow"
 	@echo "make lint           ruff check, ruff format --check, pyright"
 	@echo "make bench          measure time, memory and accuracy; see benchmarks/README.md"
+	@echo "make docs           build the documentation into out/docs"
 	@echo "make release-check  build what would be released, install it and try it"
 	@echo "make clean          remove the virtual environments, caches and build outputs"
 	@echo
@@ -71,6 +72,11 @@ bench: $(VENV)/.installed-examples
 release-check:
 	@interpreter=$$(.ci/find-python "$(PYTHON)") && "$$interpreter" .ci/release-check
 
+# NO_MKDOCS_2_WARNING silences Material's advertisement of its successor.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	@echo "out/docs/index.html"
+
 # Remade when an interrupted run left no interpreter, or one whose target is gone.
 $(python):
 	@interpreter=$$(.ci/find-python "$(PYTHON)") && \
@@ -80,7 +86,7 @@ $(python):
 
 # Stamps. Each extra contains the one before, so installing it settles that one too.
 # They say nothing once the interpreter is gone.
-stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled)
+stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled docs)
 ifneq ($(shell test -x $(python) && echo yes),yes)
 .PHONY: $(stamps)
 endif
@@ -97,6 +103,10 @@ $(VENV)/.installed-test: pyproject.toml | $(python)
 $(VENV)/.installed-compiled: pyproject.toml | $(python)
 	$(call install,test$(comma)compiled)
 	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(python)
+	$(call install,docs)
+	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(python)
 	$(call install,dev)
