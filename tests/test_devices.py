@@ -107,9 +107,9 @@ def expected():
     [
         *(("4x2", name, "Explicit") for name in OPTIMIZERS),
         ("4x2", "scion_light", "Auto"),
-        ("4x2", "short_step", "Auto"),
         ("8", "scion", "Auto"),
-        ("8", "clipped_scion", "Explicit"),
+        pytest.param("4x2", "short_step", "Auto", marks=pytest.mark.slow),
+        pytest.param("8", "clipped_scion", "Explicit", marks=pytest.mark.slow),
         ("2x2x2", "almond", "Auto"),
         ("2x2x2", "unconstrained_scion", "Explicit"),
     ],

@@ -11,7 +11,7 @@ import pytest
 import scion_jax
 from scion_jax import Spectral, clipped_scion
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
