@@ -71,25 +71,25 @@ def _muon(rate: optax.Schedule, rho: ArrayLike) -> optax.GradientTransformation:
 
 CONTESTANTS: dict[str, Contestant] = {
     "scion": Contestant(
-        lambda rate, rho: scion(rate, CONSTRAINED, LABELS, show_pairing=True), -12, CONSTRAINED
+        lambda rate, rho: scion(rate, CONSTRAINED, LABELS, show_pairing=True), -10, CONSTRAINED
     ),
     "unconstrained_scion": Contestant(
         lambda rate, rho: unconstrained_scion(rate, UNCONSTRAINED, LABELS, show_pairing=True),
-        -9,
+        -8,
         UNCONSTRAINED,
     ),
     "clipped_scion": Contestant(
-        lambda rate, rho: clipped_scion(rate, CONSTRAINED, LABELS, rho=rho), -12, CONSTRAINED
+        lambda rate, rho: clipped_scion(rate, CONSTRAINED, LABELS, rho=rho), -10, CONSTRAINED
     ),
     "unconstrained_clipped_scion": Contestant(
         lambda rate, rho: unconstrained_clipped_scion(rate, UNCONSTRAINED, LABELS, rho=rho),
-        -9,
+        -8,
         UNCONSTRAINED,
     ),
     "scion_light": Contestant(
-        lambda rate, rho: scion_light(rate, CONSTRAINED, LABELS), -12, CONSTRAINED
+        lambda rate, rho: scion_light(rate, CONSTRAINED, LABELS), -10, CONSTRAINED
     ),
-    "almond": Contestant(lambda rate, rho: almond(rate, UNCONSTRAINED, LABELS), -9, UNCONSTRAINED),
-    "adamw": Contestant(lambda rate, rho: optax.adamw(rate, b2=0.95, weight_decay=0.1), -12),
-    "muon": Contestant(_muon, -9),
+    "almond": Contestant(lambda rate, rho: almond(rate, UNCONSTRAINED, LABELS), -8, UNCONSTRAINED),
+    "adamw": Contestant(lambda rate, rho: optax.adamw(rate, b2=0.95, weight_decay=0.1), -11),
+    "muon": Contestant(_muon, -8),
 }
