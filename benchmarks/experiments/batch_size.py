@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for batch in options.batches:
         steps = sequences // batch
         base = Setting("", 0.0, batch=batch, steps=steps, evaluate_every=steps)
-        base = dataclasses.replace(base, width=512 if options.full else 64)
+        base = dataclasses.replace(base, width=512 if options.full else base.width)
         for name, found in tuned.items():
             setting = dataclasses.replace(base, contestant=name)
             found[batch] = tune(records, setting, options.seeds)

@@ -53,10 +53,10 @@ class Setting:
     learning_rate: float
     seed: int = 0
     rho: float = 1.0
-    width: int = 128
+    width: int = 64
     layers: int = 2
     batch: int = 32
-    sequence: int = 64
+    sequence: int = 32
     steps: int = 122
     decayed: float = 0.285
     evaluate_every: int = 61

@@ -5,9 +5,10 @@
     python benchmarks/experiments/transfer.py --full     # width 64 to 1,024, sequences of 256
 
 A GPT of 2 blocks with heads of size 64 is trained for 122 steps with 32 sequences each, over a grid
-of learning rates in factors of 2; at the best one with three seeds. Above width 256 the grid is
-walked, from the best learning rate of the width before until both neighbours are worse. Printed is
-the best learning rate of each optimizer at each width, and by how much it moves.
+of learning rates in factors of 2; at the best one with three seeds. For larger models, above width
+256 or 2 blocks, the grid is walked, from the best learning rate of the size before until both
+neighbours are worse. Printed is the best learning rate of each optimizer at each size, and by how
+much it moves.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from training import Setting
 COMPARED = ("scion", "unconstrained_scion", "adamw", "muon")
 WIDTHS = (64, 128, 256, 512)
 DEPTHS = (2, 4, 8, 16)
-WHOLE_GRID = 256  # above, a grid is walked from the best learning rate of the size before
+# The largest size with a whole grid; above, it is walked from the best of the size before.
+WHOLE_GRID = {"width": 256, "layers": 2}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,14 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.out.with_stem("depth") if options.depth else options.out
     records = Records(path)
     sequence = 256 if options.full else 32
-    base = Setting("", 0.0, width=64, sequence=sequence, steps=options.steps)
+    base = Setting("", 0.0, sequence=sequence, steps=options.steps)
     base = dataclasses.replace(base, evaluate_every=options.steps)
     tuned: dict[str, dict[int, Tuned]] = {name: {} for name in options.optimizers}
     for size in sizes:
         for name, found in tuned.items():
             setting = dataclasses.replace(base, contestant=name, **{varied: size})
-            narrower = list(found.values())[-1].best.learning_rate if size > WHOLE_GRID else None
-            found[size] = tune(records, setting, options.seeds, narrower)
+            walked = found and size > WHOLE_GRID[varied]
+            smaller = list(found.values())[-1].best.learning_rate if walked else None
+            found[size] = tune(records, setting, options.seeds, around=smaller)
     draw(tuned, varied, path.with_suffix(".png"))
     rows = [
         [name, str(size), *run.summary()]
