@@ -84,7 +84,7 @@ def check(name, params, norms, labels, expected):
     structure = jax.tree.structure(params)
     optimizer = unconstrained_scion(1.0, norms, labels, momentum=1.0)
     tree = structure.unflatten(gradients)
-    updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+    updates, _ = jax.jit(lambda tree: optimizer.update(tree, optimizer.init(tree), tree))(tree)
     for path, update, gradient in zip(paths, jax.tree.leaves(updates), gradients, strict=True):
         view, window = expected[path] if isinstance(expected[path], tuple) else (expected[path], 1)
         want = step(view, gradient, window)

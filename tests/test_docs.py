@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import scion_jax
+from scion_jax import clipped_scion
 
 pytestmark = pytest.mark.unoptimized
 
@@ -56,3 +58,20 @@ def test_every_public_name_is_in_the_reference():
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r": (\S+\.md)$", (PAGES.parent / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(PATHS)
+
+
+def test_own_norm():
+    """The one that the documentation gives as an example is a norm like any other."""
+    namespace = {"jnp": jnp}
+    (code,) = [code for code, _ in blocks(PATHS["choosing.md"]) if "class EntrySum" in code]
+    exec(code, namespace)
+    norm = namespace["EntrySum"](3.0, layout="bio")
+    d = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    v = norm.lmo(d)
+    assert float(norm.gauge(v)) == pytest.approx(1)
+    assert float(jnp.vdot(d, v)) == pytest.approx(float(norm.dual_norm(d)))
+    assert not bool(jnp.any(norm.lmo(jnp.zeros((2, 3, 4)))))
+    params = norm.init(jax.random.key(0), (2, 3, 4))
+    optimizer = clipped_scion(0.1, norm, rho=1.0, short_step=True)
+    updates, _ = optimizer.update(d, optimizer.init(params), params)
+    assert updates.shape == d.shape

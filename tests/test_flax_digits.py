@@ -71,8 +71,7 @@ def accuracy(make, algorithm):
     return float((model(images[:held_out]).argmax(-1) == classes[:held_out]).mean())
 
 
-@pytest.mark.parametrize("algorithm", [scion, unconstrained_scion])
-@pytest.mark.parametrize("make", [Mlp, Cnn])
+@pytest.mark.parametrize(("make", "algorithm"), [(Mlp, scion), (Cnn, unconstrained_scion)])
 def test_digits(make, algorithm):
     reached = accuracy(make, algorithm)
     print(f"{make.__name__} {algorithm.__name__}: {reached:.3f}")

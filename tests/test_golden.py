@@ -48,8 +48,8 @@ def flax_order(layout):
     ("dtype", "order"),
     [
         ("float64", "PyTorch layouts"),
-        ("float64", "Flax layouts"),
         ("float32", "Flax layouts"),
+        pytest.param("float64", "Flax layouts", marks=pytest.mark.slow),
         pytest.param("float32", "PyTorch layouts", marks=pytest.mark.slow),
     ],
 )

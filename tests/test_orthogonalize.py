@@ -1,5 +1,7 @@
 """Orthogonalizers: what comes out of the iteration, in every dtype, and how it is traced."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,11 @@ from scion_jax.distributed.spreading import polar_factors, spectral_norm_bounds
 from scion_jax.polar.coefficients import resolve
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 3), (8, 8), (24, 6), (16, 64), (3, 10, 4), (0, 3, 4)]
+
+
+@functools.cache
+def compiled(method):
+    return jax.jit(lambda matrix: orthogonalize(matrix, method))
 
 
 def with_spectrum(sigma, columns, seed=0):
@@ -30,9 +37,10 @@ def polynomial(rows, sigma):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", [NewtonSchulz(), NewtonSchulz("quintic"), ExactPolar()])
 def test_shape_and_dtype_are_kept(shape, method):
-    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
-        result = orthogonalize(jnp.ones(shape, dtype), method)
-        assert (result.shape, result.dtype) == (shape, dtype)
+    arrays = [jnp.ones(shape, dtype) for dtype in (jnp.float16, jnp.bfloat16, jnp.float32)]
+    results = jax.jit(lambda arrays: [orthogonalize(array, method) for array in arrays])(arrays)
+    for array, result in zip(arrays, results, strict=True):
+        assert (result.shape, result.dtype) == (shape, array.dtype)
         assert bool(jnp.all(jnp.isfinite(result)))
 
 
@@ -56,7 +64,7 @@ def test_iteration_applies_its_polynomial_to_the_singular_values(x64, method, ro
     u, _, vt = np.linalg.svd(matrix, full_matrices=False)
     expected = (u * polynomial(rows, sigma / np.linalg.norm(sigma, schatten))) @ vt
     for given, wanted in ((matrix, expected), (matrix.T, expected.T)):
-        np.testing.assert_allclose(orthogonalize(jnp.asarray(given), method), wanted, atol=1e-12)
+        np.testing.assert_allclose(compiled(method)(jnp.asarray(given)), wanted, atol=1e-12)
 
 
 def test_exact_polar(x64):
@@ -88,7 +96,7 @@ SPECTRA = {
 )
 @pytest.mark.parametrize("kind", SPECTRA)
 def test_default_is_feasible_in_every_compute_dtype(dtype, excess, value, kind):
-    method = NewtonSchulz(compute_dtype=dtype)
+    compute = compiled(NewtonSchulz(compute_dtype=dtype))
     for n, m in ((1, 9), (2, 2), (2, 8), (9, 40), (16, 16), (48, 48), (32, 128)):
         rng = np.random.default_rng(n + m)
         sigma = None if kind == "gaussian" else SPECTRA[kind](np.arange(n), n)
@@ -99,7 +107,7 @@ def test_default_is_feasible_in_every_compute_dtype(dtype, excess, value, kind):
             ]
         )
         scaled = matrices * 10.0 ** np.arange(-16, 16, 4)[:, None, None]
-        results = orthogonalize(jnp.asarray(scaled, jnp.float32), method)
+        results = compute(jnp.asarray(scaled, jnp.float32))
         for matrix, v in zip(matrices, np.asarray(results), strict=True):
             assert np.linalg.norm(v, 2) <= 1 + excess
             # Two or three equal singular values start where the first step presses hardest.
@@ -143,12 +151,14 @@ def test_batches_are_the_matrices_one_by_one(x64, chunk_bytes):
     dtypes = [jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16]
     batches = [jnp.asarray(rng.standard_normal(s), d) for d in dtypes for s in shapes]
     method = NewtonSchulz(chunk_bytes=chunk_bytes)
-    together = polar_factors(batches, method)
-    bounds = spectral_norm_bounds(batches)
+    together, bounds = jax.jit(
+        lambda batches: (polar_factors(batches, method), spectral_norm_bounds(batches))
+    )(batches)
+    alone_of = compiled(NewtonSchulz())
     for batch, result, bound in zip(batches, together, bounds, strict=True):
+        alone = alone_of(batch)
         assert (result.shape, result.dtype) == (batch.shape, batch.dtype)
         assert bound.dtype == (jnp.float64 if batch.dtype == jnp.float64 else jnp.float32)
-        (alone,) = polar_factors([batch], NewtonSchulz())
         tolerance = 1e-12 if batch.dtype == jnp.float64 else 2e-2
         np.testing.assert_allclose(
             result.astype(np.float64), alone.astype(np.float64), atol=tolerance

@@ -9,15 +9,10 @@ import optax
 import pytest
 
 import scion_jax
-from scion_jax import Spectral, clipped_scion
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-
-
-def blocks():
-    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def test_flax_example():
@@ -43,34 +38,7 @@ def test_flax_example():
     public = {name: getattr(scion_jax, name) for name in dir(scion_jax) if name[0] != "_"}
     names = {"Network": Network, "loss_of": loss_of, "batches": [jnp.arange(16)] * 40}
     names |= public | {"jax": jax, "nnx": nnx}
-    example = blocks()[0]
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
     exec(example, names)
     assert float(names["loss"]) < 0.1  # from log 16 = 2.77
-
-
-def test_choosing_rho_and_what_to_log(capsys):
-    params = {"w": jnp.ones((2, 2))}
-    public = {name: getattr(scion_jax, name) for name in dir(scion_jax) if name[0] != "_"}
-    names = public | {"optax": optax, "norms": Spectral(), "labels": None}
-    names |= {"params": params, "gradients": params}
-    exec(blocks()[2], names)
-    assert float(capsys.readouterr().out) > 0
-    exec(blocks()[3], names)
-    assert names["logged"].keys() == {"gauge/w", "pairing/w"}
-    assert float(names["logged"]["gauge/w"]) == pytest.approx(2, rel=0.01)
-
-
-def test_own_norm():
-    names = {}
-    exec(blocks()[4], names)
-    norm = names["EntrySum"](3.0, layout="bio")
-    d = jax.random.normal(jax.random.key(0), (2, 3, 4))
-    v = norm.lmo(d)
-    assert float(norm.gauge(v)) == pytest.approx(1)
-    assert float(jnp.vdot(d, v)) == pytest.approx(float(norm.dual_norm(d)))
-    assert not bool(jnp.any(norm.lmo(jnp.zeros((2, 3, 4)))))
-    params = norm.init(jax.random.key(0), (2, 3, 4))
-    optimizer = clipped_scion(0.1, norm, rho=1.0, short_step=True)
-    updates, _ = optimizer.update(d, optimizer.init(params), params)
-    assert updates.shape == d.shape

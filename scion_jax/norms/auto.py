@@ -22,7 +22,8 @@ class Auto(Norm):
 
     A layout without inputs, such as `bo`, is a vector's. It knows nothing else, so every array of
     rank 3 and more needs a norm with a layout; `flax_norms` reads those off a Flax model. The
-    published settings treat the first and the last layer differently too (see the README).
+    published settings treat the first and the last layer differently too (see the
+    documentation's page on choosing norms).
 
     Attributes:
         radius: Radius of the ball of matrices.
