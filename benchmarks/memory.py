@@ -40,7 +40,8 @@ from block_trees import COMPARED, OURS, PEER, array_bytes, block_shapes
 from optimizers import CONSTRAINED, CONTESTANTS, LABELS
 from reporting import Record, make_parser, markdown, record, report
 from scion_jax import scion, scion_light
-from training import Setting, loss_of, make_model
+from text import TEXT
+from training import Setting, loss_of
 
 MICROBATCHES = 4
 MEBIBYTE = 2**20
@@ -129,7 +130,7 @@ def make_step(setting: Setting, name: str, microbatches: int) -> tuple[Callable,
     Returns:
         A function of a state and the windows of a batch, and the state's shapes.
     """
-    optimizer, loss = CASES[name](microbatches), loss_of(setting)
+    optimizer, loss = CASES[name](microbatches), loss_of(setting, TEXT)
 
     def call(state: TrainState, windows: jax.Array) -> tuple[TrainState, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(state.params, windows)
@@ -141,7 +142,7 @@ def make_step(setting: Setting, name: str, microbatches: int) -> tuple[Callable,
         return jax.lax.scan(call, state, parts)
 
     def start() -> TrainState:
-        params = nnx.state(make_model(setting, nnx.Rngs(0)), nnx.Param)
+        params = nnx.state(TEXT.make_model(setting, nnx.Rngs(0)), nnx.Param)
         return TrainState(params, optimizer.init(params))
 
     return step, nnx.eval_shape(start)

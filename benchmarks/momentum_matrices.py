@@ -21,7 +21,8 @@ import optax
 from flax import nnx
 
 from optimizers import CONTESTANTS, LABELS
-from training import Setting, batches, compiled
+from text import TEXT
+from training import Setting, compiled
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Path, Setting]:
@@ -52,8 +53,8 @@ def hidden_averages(setting: Setting) -> dict[str, np.ndarray[Any, Any]]:
     Returns:
         The average gradient of each hidden matrix by its path.
     """
-    start, steps, _ = compiled(setting, CONTESTANTS[setting.contestant])
-    windows = batches(setting, 0, setting.steps)
+    start, steps, _ = compiled(setting, CONTESTANTS[setting.contestant], TEXT)
+    windows = TEXT.draw(setting, 0, setting.steps)
     (params, memory), _ = steps(
         start(jax.random.key(setting.seed)), windows, setting.learning_rate, setting.rho
     )

@@ -16,13 +16,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "experiments")
 import batch_size
 import boundedness
 import clipping
+import clipping_digits
 import coordinate_check
 import precision
 import records
 import steps_to_loss
 import training
 import transfer
-from optimizers import CONTESTANTS, GRID_STEPS
+from optimizers import CONTESTANTS, GRID_STEPS, Contestant
+from text import TEXT
 from training import Outcome, Setting
 
 TINY = Setting("scion", 2**-8, width=64, layers=1, batch=2, sequence=8, steps=4, evaluate_every=2)
@@ -33,8 +35,9 @@ def landscape(monkeypatch):
     """Has training take no time: the loss is lowest at a learning rate of 2^-5."""
     made = []
 
-    def train(setting, contestants):
-        assert setting.contestant in contestants
+    def train(setting, contestant, task):
+        assert isinstance(contestant, Contestant)
+        assert isinstance(task, training.Task)
         made.append(setting)
         distance = abs(math.log2(setting.learning_rate) + 5)
         loss = 1 + 0.1 * distance + 0.001 * setting.seed + 1 / setting.steps
@@ -128,6 +131,12 @@ def test_steps_on_a_curve_are_read_off(monkeypatch):
             ["runs_scion.png", "runs_unconstrained_scion.png"],
             "| unconstrained_clipped_scion | 8 | 2^-5 |",
         ),
+        (
+            clipping_digits.main,
+            ["--optimizers", "scion"],
+            ["runs_scion.png"],
+            "| clipped_scion | 4 | 2^-5 |",
+        ),
     ],
 )
 def test_an_experiment_prints_a_table_and_draws(
@@ -148,11 +157,20 @@ def test_every_contestant_learns(name):
         rate = CONTESTANTS[name].grid()[-3]
         setting = dataclasses.replace(TINY, contestant=name, learning_rate=rate, rho=1.0, steps=40)
         setting = dataclasses.replace(setting, sequence=32, batch=8, evaluate_every=20)
-        outcome = training.train(setting)
+        outcome = training.train(setting, CONTESTANTS[name], TEXT)
+        again = training.train(setting, CONTESTANTS[name], TEXT)
     assert outcome.loss < math.log(256) - 1
     assert len(outcome.validation) == 2
     assert len(outcome.pairing) == (2 if "scion" in name and name != "scion_light" else 0)
-    assert outcome == dataclasses.replace(training.train(setting), seconds=outcome.seconds)
+    assert again == dataclasses.replace(outcome, seconds=again.seconds)
+
+
+def test_a_network_learns_digits():
+    task, contestant = clipping_digits.task(), clipping_digits.contestants()["clipped_scion"]
+    setting = Setting("clipped_scion", 2**-6, batch=64, steps=40, evaluate_every=20)
+    outcome = training.train(setting, contestant, task)
+    assert outcome.loss < math.log(10) - 1
+    assert len(outcome.pairing) == 2
 
 
 @pytest.mark.slow

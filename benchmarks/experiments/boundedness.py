@@ -16,7 +16,8 @@ from optimizers import CONSTRAINED, CONTESTANTS, LABELS, UNCONSTRAINED
 from records import make_parser, write_json
 from reporting import markdown
 from scion_jax import gauge_bounds
-from training import Setting, batches, compiled
+from text import TEXT
+from training import Setting, compiled
 
 RATES = {"scion": 2**-8, "unconstrained_scion": 2**-5}
 BALLS = {"scion": CONSTRAINED, "unconstrained_scion": UNCONSTRAINED}
@@ -68,7 +69,7 @@ def follow(setting: Setting, every: int) -> dict[str, np.ndarray]:
     Returns:
         The largest gauge of each kind of matrix, before the first step and after each look.
     """
-    start, steps, _ = compiled(setting, CONTESTANTS[setting.contestant])
+    start, steps, _ = compiled(setting, CONTESTANTS[setting.contestant], TEXT)
     bounds = jax.jit(lambda params: gauge_bounds(params, BALLS[setting.contestant], LABELS))
     state = start(jax.random.key(setting.seed))
     kinds = jax.tree.leaves(LABELS(state[0]))
@@ -78,7 +79,7 @@ def follow(setting: Setting, every: int) -> dict[str, np.ndarray]:
         pairs = list(zip(kinds, by_path.values(), strict=True))
         seen.append({k: max(float(bound) for kind, bound in pairs if kind == k) for k in KINDS})
         if first + every <= setting.steps:
-            windows = batches(setting, first, every)
+            windows = TEXT.draw(setting, first, every)
             state, _ = steps(state, windows, setting.learning_rate, setting.rho)
     return {kind: np.array([look[kind] for look in seen]) for kind in KINDS}
 

@@ -40,16 +40,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = {"width": 768, "layers": 12, "sequence": 1024} if options.full else {}
     steps = 5100 if options.full else options.steps
     base = Setting("", 0.0, steps=steps, evaluate_every=steps // 20, decayed=0.0, **size)
-    records = Records(options.out)
+    compare(Records(options.out), base, options.optimizers, options.seeds)
+
+
+def compare(records: Records, base: Setting, optimizers: Sequence[str], seeds: int) -> None:
+    """Tunes optimizers, clipped and not, prints a table and draws a picture of each.
+
+    Args:
+        records: Where runs are kept.
+        base: The rest of the setting.
+        optimizers: Names of unclipped ones.
+        seeds: How many for the best learning rates.
+    """
     rows = []
-    for name in options.optimizers:
-        plain = tune(records, dataclasses.replace(base, contestant=name), options.seeds)
+    for name in optimizers:
+        plain = tune(records, dataclasses.replace(base, contestant=name), seeds)
         middle = median(plain.outcomes[0].pairing)
         clipped = {
             rho: tune(
                 records,
                 dataclasses.replace(base, contestant=PAIRS[name], rho=rho),
-                options.seeds,
+                seeds,
                 around=plain.best.learning_rate,
             )
             for rho in (float(f"{multiple * middle:.2g}") for multiple in MULTIPLES)
@@ -59,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for rho, tuned in clipped.items():
             needed = f"{steps_to(tuned, target):.0f}"
             rows.append([PAIRS[name], f"{rho:g}", *tuned.summary(), needed])
-        draw(name, plain, clipped, options.out.with_name(f"{options.out.stem}_{name}.png"))
+        picture = records.path.with_name(f"{records.path.stem}_{name}.png")
+        draw(name, plain, clipped, picture)
     titles = ["optimizer", "ρ", "best learning rate", "loss", "steps to the unclipped's end"]
     print(markdown(titles, rows, texts=3))
 
@@ -103,7 +115,7 @@ def draw(name: str, plain: Tuned, clipped: dict[float, Tuned], path: Path) -> No
         pairings.plot(ends, pairing, label=label, color=color)
     pairings.set_yscale("log")
     pairings.set_ylabel(r"pairing $\langle d, w\rangle$")
-    losses.set_ylabel("validation loss (nats per byte)")
+    losses.set_ylabel("validation loss (nats)")
     losses.set_ylim(top=curve(plain)[0])
     losses.legend()
     for axes in (losses, pairings):

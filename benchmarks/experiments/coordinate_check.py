@@ -22,7 +22,8 @@ from optimizers import CONTESTANTS, LABELS, UNCONSTRAINED, Contestant
 from records import make_parser, write_json
 from reporting import markdown
 from scion_jax import Spectral, unconstrained_scion
-from training import Setting, batches, compiled, structure_of
+from text import TEXT
+from training import Setting, compiled, structure_of
 
 STEPS = 10
 WIDTHS = (64, 128, 256, 512)
@@ -93,8 +94,8 @@ def sizes(setting: Setting, contestant: Contestant) -> dict[str, float]:
         Root mean squares by name: of each block's output and of the logits at the start, and of
         their change.
     """
-    start, steps, _ = compiled(dataclasses.replace(setting, seed=0), contestant)
-    windows = batches(setting, 0, STEPS)
+    start, steps, _ = compiled(dataclasses.replace(setting, seed=0), contestant, TEXT)
+    windows = TEXT.draw(setting, 0, STEPS)
     look = jax.jit(lambda params: activations(setting, params, windows[0, :, :-1]))
     state = start(jax.random.key(setting.seed))
     before = look(state[0])
@@ -108,7 +109,7 @@ def sizes(setting: Setting, contestant: Contestant) -> dict[str, float]:
 
 def activations(setting: Setting, params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
     """Computes what each block returns, and the logits."""
-    model = nnx.merge(structure_of(setting), params)
+    model = nnx.merge(structure_of(setting, TEXT), params)
     found: dict[str, jax.Array] = {}
     x = model.embedding(tokens)
     for index, block in enumerate(model.blocks):

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from optimizers import CONTESTANTS, Contestant
 from reporting import machine
-from training import Outcome, Setting, train
+from text import TEXT
+from training import Outcome, Setting, Task, train
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -30,15 +31,22 @@ RESULTS = Path(__file__).parents[1] / "results"
 class Records:
     """The runs of an experiment, made or read."""
 
-    def __init__(self, path: Path, contestants: Mapping[str, Contestant] = CONTESTANTS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        contestants: Mapping[str, Contestant] = CONTESTANTS,
+        task: Task = TEXT,
+    ) -> None:
         """Opens the file, or begins a new one.
 
         Args:
             path: The JSON file.
             contestants: Optimizers by name.
+            task: What they learn.
         """
         self.path = path
         self.contestants = contestants
+        self._task = task
         self._runs: dict[Setting, Outcome] = {}
         if path.exists():
             for run in json.loads(path.read_text())["runs"]:
@@ -51,7 +59,8 @@ class Records:
         for setting in settings:
             if setting not in self._runs:
                 self._bar.set_description(f"{setting.contestant} {setting.learning_rate:g}")
-                self._runs[setting] = train(setting, self.contestants)
+                contestant = self.contestants[setting.contestant]
+                self._runs[setting] = train(setting, contestant, self._task)
                 self._write()
                 self._bar.update()
             outcomes[setting] = self._runs[setting]

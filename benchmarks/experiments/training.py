@@ -1,19 +1,15 @@
 """A training run of an experiment: what it depends on, and what comes out.
 
-The model, its data and its loss are those of examples/nanogpt.py. Learning rate and ρ are arguments
-of the compiled function, so that a grid of them is compiled once for each shape of model.
+Learning rate and ρ are arguments of the compiled function, so that a grid of them is compiled once
+for each shape of model.
 """
 
 import dataclasses
 import functools
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +17,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nanogpt import GPT, mean_loss, random_windows, read_tokens
-from optimizers import CONTESTANTS, LABELS, Contestant
+from optimizers import Contestant
 from scion_jax import init_params
 
-HEAD_SIZE = 64
-HELD_OUT = 0.1
-EVALUATION_WINDOWS = 128
 DEVIATION = 0.02  # of the first parameters, for AdamW and Muon, as in nanoGPT
 
 
@@ -83,26 +75,47 @@ class Outcome:
         return last if np.isfinite(last) else np.inf
 
 
-def train(setting: Setting, contestants: Mapping[str, Contestant] = CONTESTANTS) -> Outcome:
-    """Trains a GPT.
+@dataclass(frozen=True)
+class Task:
+    """What is learned.
+
+    Attributes:
+        make_model: Makes the model of a run; every parameter of it is trained.
+        loss: The mean loss of a model on a batch.
+        draw: Draws the batches of some steps, from the number of the first and how many, each array
+            with a leading axis for the steps.
+        held_out: What to validate on, a batch.
+        labels: Of the parameters, for the optimizers' norms.
+    """
+
+    make_model: Callable[[Setting, nnx.Rngs], nnx.Module]
+    loss: Callable[[Any, Any], jax.Array]
+    draw: Callable[[Setting, int, int], Any]
+    held_out: Callable[[Setting], Any]
+    labels: Any
+
+
+def train(setting: Setting, contestant: Contestant, task: Task) -> Outcome:
+    """Trains a model.
 
     Args:
         setting: What to train, and how.
-        contestants: Optimizers by name.
+        contestant: The optimizer.
+        task: What to learn.
 
     Returns:
         The losses.
     """
     shape = dataclasses.replace(setting, learning_rate=1.0, rho=1.0, seed=0)
-    start, steps, loss = compiled(shape, contestants[setting.contestant])
-    held_out = even_windows(corpus()[1], EVALUATION_WINDOWS, setting.sequence + 1)
+    start, steps, loss = compiled(shape, contestant, task)
+    held_out = task.held_out(setting)
     state = start(jax.random.key(setting.seed))
     outcome = Outcome([], [], 0.0)
     for first in range(0, setting.steps, setting.evaluate_every):
-        windows = batches(setting, first, setting.evaluate_every)
+        drawn = task.draw(setting, first, setting.evaluate_every)
         before = time.perf_counter()
         state, pairing = jax.block_until_ready(
-            steps(state, windows, setting.learning_rate, setting.rho)
+            steps(state, drawn, setting.learning_rate, setting.rho)
         )
         outcome = Outcome(
             [*outcome.validation, round(float(loss(state[0], held_out)), 5)],
@@ -113,19 +126,22 @@ def train(setting: Setting, contestants: Mapping[str, Contestant] = CONTESTANTS)
 
 
 @functools.lru_cache(maxsize=2)
-def compiled(setting: Setting, contestant: Contestant) -> tuple[Callable, Callable, Callable]:
+def compiled(
+    setting: Setting, contestant: Contestant, task: Task
+) -> tuple[Callable, Callable, Callable]:
     """Compiles the functions of a run.
 
     Args:
         setting: Its shapes; learning rate, ρ and seed do not matter.
         contestant: Its optimizer.
+        task: What is learned.
 
     Returns:
         Three functions: the state (parameters, optimizer's state) from a random key; the new state
-        and the pairings from state, batches ``(steps, batch, sequence + 1)``, learning rate and ρ;
-        the loss from parameters and windows.
+        and the pairings from state, batches, learning rate and ρ; the loss from parameters and a
+        batch.
     """
-    loss = loss_of(setting)
+    loss = loss_of(setting, task)
 
     def optimizer(learning_rate: jax.Array, rho: jax.Array) -> optax.GradientTransformation:
         decay = round(setting.decayed * setting.steps)
@@ -136,20 +152,20 @@ def compiled(setting: Setting, contestant: Contestant) -> tuple[Callable, Callab
         return contestant.build(lambda count: learning_rate * shape(count), rho)
 
     def start(key: jax.Array) -> tuple[Any, Any]:
-        params = nnx.state(make_model(setting, nnx.Rngs(key)), nnx.Param)
+        params = nnx.state(task.make_model(setting, nnx.Rngs(key)), nnx.Param)
         if contestant.norms is None:
             params = optax.tree.random_like(key, params, jax.random.normal)
             params = optax.tree.scale(DEVIATION, params)
         else:
-            params = init_params(key, params, contestant.norms, LABELS)
+            params = init_params(key, params, contestant.norms, task.labels)
         return params, optimizer(jnp.ones([]), jnp.ones([])).init(params)
 
     def steps(state: Any, batches: jax.Array, learning_rate: Any, rho: Any) -> tuple[Any, Any]:
         update = optimizer(jnp.float32(learning_rate), jnp.float32(rho)).update
 
-        def step(state: Any, windows: jax.Array) -> tuple[Any, Any]:
+        def step(state: Any, batch: Any) -> tuple[Any, Any]:
             params, memory = state
-            updates, memory = update(jax.grad(loss)(params, windows), memory, params)
+            updates, memory = update(jax.grad(loss)(params, batch), memory, params)
             pairing = optax.tree.get(memory, "pairing")
             return (optax.apply_updates(params, updates), memory), pairing
 
@@ -158,51 +174,16 @@ def compiled(setting: Setting, contestant: Contestant) -> tuple[Callable, Callab
     return jax.jit(start), jax.jit(steps, donate_argnums=0), jax.jit(loss)
 
 
-def make_model(setting: Setting, rngs: nnx.Rngs) -> GPT:
-    """Makes the model of a run; a byte is a token."""
-    return GPT(
-        vocabulary=256,
-        width=setting.width,
-        layers=setting.layers,
-        heads=max(1, setting.width // HEAD_SIZE),
-        tied=False,
-        rngs=rngs,
-    )
+def loss_of(setting: Setting, task: Task) -> Callable[[Any, Any], jax.Array]:
+    """Returns the loss of parameters on a batch, a function of arrays alone."""
+    structure = structure_of(setting, task)
 
-
-def loss_of(setting: Setting) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns the loss of parameters on windows, a function of arrays alone."""
-    structure = structure_of(setting)
-
-    def loss(params: Any, windows: jax.Array) -> jax.Array:
-        return mean_loss(nnx.merge(structure, params), windows)
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return task.loss(nnx.merge(structure, params), batch)
 
     return loss
 
 
-def structure_of(setting: Setting) -> nnx.GraphDef[GPT]:
+def structure_of(setting: Setting, task: Task) -> nnx.GraphDef:
     """Returns what `nnx.merge` makes the model of, together with parameters."""
-    return nnx.graphdef(nnx.eval_shape(lambda: make_model(setting, nnx.Rngs(0))))
-
-
-@functools.cache
-def corpus() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bytes to train on and those to validate on: the standard library's sources."""
-    tokens, _ = read_tokens([])
-    count = round((1 - HELD_OUT) * len(tokens))
-    return tokens[:count], tokens[count:]
-
-
-def batches(setting: Setting, first: int, count: int) -> np.ndarray:
-    """Draws the batches of some steps, ``(count, batch, sequence + 1)``."""
-    drawn = [
-        random_windows(corpus()[0], setting.seed, step, setting.batch, setting.sequence + 1)
-        for step in range(first, first + count)
-    ]
-    return np.stack(drawn)
-
-
-def even_windows(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
-    """Cuts windows ``(count, length)`` out, spread evenly over the tokens."""
-    starts = np.linspace(0, len(tokens) - length, count).astype(int)
-    return np.stack([tokens[start : start + length] for start in starts]).astype(np.int32)
+    return nnx.graphdef(nnx.eval_shape(lambda: task.make_model(setting, nnx.Rngs(0))))
