@@ -17,6 +17,7 @@ from scion_jax.norms import Norm
 from scion_jax.norms.leaves import Leaf, lmos
 from scion_jax.numerics import is_number, widest
 from scion_jax.resolution import Norms
+from scion_jax.rounding import store
 from scion_jax.trees import check_alike, only_where
 
 
@@ -59,7 +60,8 @@ def average_gradients(
     Args:
         momentum: α, in (0, 1]: one minus the usual momentum, so 0.1 here is 0.9 elsewhere. A
             schedule receives the number of updates made, 0 at the first call.
-        dtype: Dtype of the stored average; None means the parameters'.
+        dtype: Dtype of the stored average; None means the parameters'. One of 16 bits is rounded to
+            stochastically: see `scion_jax.rounding`.
 
     Returns:
         A transformation; its updates are of at least float32, in which the average is taken: the
@@ -99,7 +101,11 @@ def average_gradients(
             )
 
         average = jax.tree.map(blend, updates, state.average)
-        stored = jax.tree.map(lambda new, d: new.astype(d.dtype), average, state.average)
+
+        def keep(new: jax.Array, d: jax.Array) -> jax.Array:
+            return store(new, d.dtype, state.count)
+
+        stored = jax.tree.map(keep, average, state.average)
         count = jnp.asarray(optax.safe_increment(state.count))
         return average, AverageGradientsState(count, stored)
 

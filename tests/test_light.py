@@ -80,11 +80,25 @@ def test_momentum_schedule_and_bfloat16_buffer():
         0.1, Auto(), momentum=optax.constant_schedule(0.5), momentum_dtype=jnp.bfloat16
     )
     params = tree(0)
-    updates, state = optimizer.update(tree(1), optimizer.init(params), params)
+    gradients = tree(1, jnp.bfloat16)  # halves of which are bfloat16 too, so nothing is rounded
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
     assert state.gradient_sum["kernel"].dtype == jnp.bfloat16
     assert updates["kernel"].dtype == jnp.float32
-    half = (tree(1)["kernel"] / 2).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(state.gradient_sum["kernel"], half)
+    np.testing.assert_array_equal(state.gradient_sum["kernel"], gradients["kernel"] / 2)
+
+
+def test_small_gradients_add_up_between_steps():
+    """In bfloat16 each is below half of the sum's last place; a thousand of them are not."""
+    optimizer = scion_light(0.1, Auto(), momentum_dtype=jnp.bfloat16, every_k=2000)
+    large = jnp.linspace(1.0, 1.4, 64)
+    _, state = optimizer.update(large, optimizer.init(large), large)
+
+    def call(state, _):
+        return optimizer.update(jnp.full(64, 2.0**-11), state, large)[1], None
+
+    state, _ = jax.jit(lambda state: jax.lax.scan(call, state, length=1000))(state)
+    added = state.gradient_sum.astype(jnp.float32) - large
+    assert abs(float(added.mean()) - 1000 * 2.0**-11) < 0.05
 
 
 def test_traced_every_k():

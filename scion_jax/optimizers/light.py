@@ -22,6 +22,7 @@ from scion_jax.hyperparameters import (
 from scion_jax.norms import Auto
 from scion_jax.numerics import is_number, widest
 from scion_jax.resolution import Norms
+from scion_jax.rounding import store
 from scion_jax.transforms import checked, decay_weights, descend, remember, scale_by_lmos
 from scion_jax.trees import check_alike
 
@@ -137,12 +138,12 @@ def scion_light(
             decayed = jax.tree.map(lambda g: remember(g, alpha), gradient_sum)
             count = jnp.asarray(optax.safe_increment(state.count))
             gathered = jnp.zeros_like(state.gathered)
-            stored = _stored(decayed, state.gradient_sum)
+            stored = _stored(decayed, state)
             return steps, ScionLightState(count, gathered, stored, inner)
 
         def wait(gradient_sum: Any, state: Any, like: Any) -> tuple[Any, ScionLightState]:
             nothing = jax.tree.map(jnp.zeros_like, like)
-            stored = _stored(gradient_sum, state.gradient_sum)
+            stored = _stored(gradient_sum, state)
             return nothing, state._replace(gathered=state.gathered + 1, gradient_sum=stored)
 
         like = updates if params is None else params
@@ -160,5 +161,6 @@ def _add(g: jax.Array, total: jax.Array) -> jax.Array:
     return total.astype(wide) + g.astype(wide)
 
 
-def _stored(gradient_sum: Any, like: Any) -> Any:
-    return jax.tree.map(lambda total, buffer: total.astype(buffer.dtype), gradient_sum, like)
+def _stored(gradient_sum: Any, state: ScionLightState) -> Any:
+    calls = state.count + state.gathered  # differs from the last call's, which is all `store` needs
+    return jax.tree.map(lambda g, G: store(g, G.dtype, calls), gradient_sum, state.gradient_sum)
