@@ -132,7 +132,7 @@ def test_flax_norms(fault, params, data):
 
     if fault is not None:
         said = {"model": "NNX"}.get(fault, fault)
-        outcome(read, (said, "leaf 'head/kernel'"))
+        outcome(read, (said, "'head/kernel'"))  # what `head` finds twice, too
         return
     result = outcome(read, ("finds leaves that",), certain=False)
     if result is not None:
