@@ -12,6 +12,8 @@ import math
 
 import jax
 
+from scion_jax.numerics import SUPPORTED
+
 
 def scaled_relu(x: jax.Array) -> jax.Array:
     """Computes `√2 · relu(x)`.
@@ -27,6 +29,7 @@ def scaled_relu(x: jax.Array) -> jax.Array:
         >>> scaled_relu(jnp.array([-1.0, 1.0])).round(2)
         Array([0.  , 1.41], dtype=float32)
     """
+    _check(x)
     return math.sqrt(2) * jax.nn.relu(x)
 
 
@@ -45,6 +48,7 @@ def scaled_gelu(x: jax.Array, approximate: bool = True) -> jax.Array:
         >>> scaled_gelu(jnp.array([0.0, 10.0])).round(2)
         Array([ 0.  , 14.14], dtype=float32)
     """
+    _check(x)
     return math.sqrt(2) * jax.nn.gelu(x, approximate=approximate)
 
 
@@ -62,4 +66,10 @@ def scaled_relu_squared(x: jax.Array) -> jax.Array:
         >>> scaled_relu_squared(jnp.array([-1.0, 3.0]))
         Array([ 0., 18.], dtype=float32)
     """
+    _check(x)
     return 2 * jax.numpy.square(jax.nn.relu(x))
+
+
+def _check(x: jax.Array) -> None:
+    if str(getattr(x, "dtype", None)) not in SUPPORTED:
+        raise TypeError(f"x is an array of a floating dtype; got {x!r}")

@@ -7,6 +7,7 @@ clipping.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import optax
 from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
 from scion_jax.pairing import pair
+from scion_jax.trees import check_leaves
 
 
 class ClipByPairingState(NamedTuple):
@@ -74,7 +76,8 @@ def clip_by_pairing(
         A transformation with state `ClipByPairingState`.
 
     Raises:
-        TypeError: If `rho` is neither a number nor a schedule.
+        TypeError: If `inner` is no transformation, `rho` neither a number nor a schedule, or
+            `squared_norm` no function.
         ValueError: If `rho` is not positive.
 
     Example:
@@ -88,10 +91,14 @@ def clip_by_pairing(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Alg. 1 to 4.
     """
-    hyperparameters.check_schedule("rho", rho, above=0)
+    hyperparameters.check_transformation("inner", inner)
+    hyperparameters.check_schedule("rho", rho, above=0, below=math.inf)
+    if squared_norm is not None and not callable(squared_norm):
+        raise TypeError(f"squared_norm is a function of the directions; got {squared_norm!r}")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ClipByPairingState:
+        check_leaves(params, "the parameters")
         dtype = numerics.widest(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
         # An array for each field: donation takes none twice.
         pairing, factor = jnp.zeros([], dtype), jnp.zeros([], dtype)
@@ -115,7 +122,7 @@ def clip_by_pairing(
                 # Without what climbs: w − ⟨d, w⟩ d / ‖d‖² if ⟨d, w⟩ < 0.
                 ws[i] = (ws[i].astype(dtype) - share * ds[i].astype(dtype)).astype(ws[i].dtype)
         directions = jax.tree.unflatten(structure, ws)
-        threshold = jnp.asarray(hyperparameters.value_at(rho, state.count), dtype)
+        threshold = jnp.asarray(hyperparameters.value_at("rho", rho, state.count), dtype)
         if squared_norm is not None:
             threshold = threshold * squared_norm(directions).astype(dtype)
         # Not a minimum of quotients: 0/0 is to be 1, as ρ → 0 is the optimizer without clipping.

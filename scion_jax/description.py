@@ -122,6 +122,6 @@ def _fans(axes: Axes) -> tuple[str, int]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     label = "" if row.label is None else str(row.label)
-    radius = f"{row.radius:g}" if is_number(row.radius) else str(row.radius)
+    radius = f"{float(row.radius):g}" if is_number(row.radius) else str(row.radius)
     step = "–" if math.isnan(row.step_rms) else f"{row.step_rms:.3g}"
     return row.path, str(row.shape), label, row.norm, row.layout, row.matrices, radius, step

@@ -3,7 +3,7 @@
 Only what is there to be seen is looked at: plain numbers and concrete arrays. Traced values pass
 (`optax.inject_hyperparams`, `jax.vmap` over radii). A schedule is asked for its shape, and for its
 value at the first update, since the mistakes that happen (None, a vector, 0.95 for 0.05) show
-there.
+there; of what it returns later only the type is looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from scion_jax.numerics import is_number
+from scion_jax.numerics import SUPPORTED, is_number
 
 
 def check_number(
@@ -47,16 +47,10 @@ def check_number(
         TypeError: If it is neither a number nor an array of numbers.
         ValueError: If it has a shape, is NaN, or lies outside of the range.
     """
-    if not is_number(value):
-        if not isinstance(value, jax.Array | np.ndarray | np.generic):
-            raise TypeError(f"{name} must be a number; got {value!r}")
-        if not jnp.issubdtype(value.dtype, jnp.number):
-            raise TypeError(f"{name} must be a number; got an array of dtype {value.dtype}")
-        if value.shape:
-            raise ValueError(f"{name} must be one number; got an array of shape {value.shape}")
-        if isinstance(value, jax.core.Tracer):
-            return
-    number = float(value)
+    _check_type(name, value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = float(value)  # pyright: ignore[reportArgumentType]
     limits = (
         (above, "above", operator.gt),
         (at_least, "at least", operator.ge),
@@ -67,6 +61,18 @@ def check_number(
     if not all(holds(number, limit) for limit, _, holds in stated):
         wanted = [f"{w} {x:g}" if math.isfinite(x) else "finite" for x, w, _ in stated]
         raise ValueError(f"{name} must be {' and '.join(wanted)}; got {value}")
+
+
+def _check_type(name: str, value: object) -> None:
+    """Checks all but the range."""
+    if is_number(value):
+        return
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"{name} must be a number; got an array of dtype {value.dtype}")
+    if value.shape:
+        raise ValueError(f"{name} must be one number; got an array of shape {value.shape}")
 
 
 def check_schedule(name: str, value: object, **limits: float) -> None:
@@ -85,29 +91,24 @@ def check_schedule(name: str, value: object, **limits: float) -> None:
     if not callable(value):
         check_number(name, value, **limits)
         return
-    try:
-        with jax.ensure_compile_time_eval():
-            first = value(jnp.zeros([], jnp.int32))
-    except TypeError as error:
-        raise TypeError(
-            f"{name} is a number or a schedule, a function of the number of updates made; calling "
-            f"{_name_of(value)} with a count failed ({error})"
-        ) from error
+    with jax.ensure_compile_time_eval():
+        first = value_at(name, value, jnp.zeros([], jnp.int32))
     check_number(f"{name}, a schedule, at the first update", first, **limits)
 
 
-def check_learning_rate(learning_rate: object, at_most: float = math.inf) -> None:
+def check_learning_rate(learning_rate: object, constrained: bool) -> None:
     """Checks γ.
 
     Args:
         learning_rate: A number or a schedule.
-        at_most: 1 for constrained steps, which go at most all the way to the extreme point.
+        constrained: Whether steps go at most all the way to the extreme point, γ = 1.
 
     Raises:
         TypeError: If it is neither a number nor a schedule of numbers.
-        ValueError: If it is negative or too large.
+        ValueError: If it is negative, too large or not finite.
     """
-    check_schedule("learning_rate", learning_rate, at_least=0, at_most=at_most)
+    limits = {"at_most": 1.0} if constrained else {"below": math.inf}
+    check_schedule("learning_rate", learning_rate, at_least=0, **limits)
 
 
 def check_momentum(momentum: object, dtype: DTypeLike | None) -> None:
@@ -151,7 +152,7 @@ def check_whole(name: str, value: object) -> None:
 
 
 def check_dtype(name: str, dtype: DTypeLike | None) -> None:
-    """Checks that a dtype is floating, or None.
+    """Checks that a dtype is floating and wide enough to compute with, or None.
 
     Args:
         name: What the argument is called.
@@ -163,11 +164,23 @@ def check_dtype(name: str, dtype: DTypeLike | None) -> None:
     if dtype is None:
         return
     try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError as error:
+        known = jnp.dtype(dtype)
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name} is a dtype such as jnp.bfloat16; got {dtype!r}") from error
-    if not floating:
-        raise TypeError(f"{name} must be a floating dtype; got {jnp.dtype(dtype)}")
+    if str(known) not in SUPPORTED:
+        raise TypeError(
+            f"{name} must be a floating dtype, one of {', '.join(SUPPORTED)}; got {known}"
+        )
+
+
+def check_shape(shape: object) -> None:
+    """Raises `TypeError` unless it is a sequence of sizes."""
+    if isinstance(shape, Sequence) and all(
+        isinstance(size, int | np.integer) and not isinstance(size, bool) and size >= 0
+        for size in shape
+    ):
+        return
+    raise TypeError(f"shape is a tuple of sizes, such as (64, 128); got {shape!r}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -176,9 +189,52 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is True or False; got {value!r}")
 
 
-def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
-    """Evaluates a number or a schedule at the number of updates made."""
-    return value(count) if callable(value) else value
+def check_transformation(name: str, value: object) -> None:
+    """Raises `TypeError` unless it is a gradient transformation (a norm has an `init`, too)."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} is a gradient transformation, such as scale_by_lmo(Spectral()); got {value!r}"
+        )
+
+
+def check_key(key: object) -> None:
+    """Raises `TypeError` unless it is one PRNG key, typed or of the old kind."""
+    if isinstance(key, jax.Array | np.ndarray):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == 0 if typed else (key.ndim == 1 and key.dtype == jnp.uint32):
+            return
+    raise TypeError(f"key is one PRNG key, such as jax.random.key(0); got {key!r}")
+
+
+def value_at(name: str, value: Any, count: ArrayLike) -> ArrayLike:
+    """Evaluates a number or a schedule.
+
+    Args:
+        name: What the argument is called.
+        value: A number, or a function of the number of updates made.
+        count: The number of updates made.
+
+    Returns:
+        The number, which may be traced.
+
+    Raises:
+        TypeError: If the function does not take a count, or does not return a number.
+        ValueError: If what it returns has a shape.
+    """
+    if not callable(value):
+        return value
+    try:
+        number: Any = value(count)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is a number or a schedule, a function of the number of updates made; calling "
+            f"{_name_of(value)} with a count failed ({error})"
+        ) from error
+    except Exception as error:
+        error.add_note(f"This is of {name}: the schedule {_name_of(value)} was given a count.")
+        raise
+    _check_type(f"{name}, a schedule,", number)
+    return number
 
 
 def _name_of(function: Callable[..., Any]) -> str:

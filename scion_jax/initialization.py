@@ -10,7 +10,7 @@ import jax.core
 import jax.numpy as jnp
 
 from scion_jax.distributed import sharding
-from scion_jax.hyperparameters import check_flag
+from scion_jax.hyperparameters import check_flag, check_key
 from scion_jax.labels import Initializer, ModelLabels, without_collection
 from scion_jax.norms import Auto
 from scion_jax.norms.leaves import Leaf
@@ -52,10 +52,10 @@ def init_params(
         with it.
 
     Raises:
-        TypeError: If a leaf is not floating.
+        TypeError: If a leaf is not floating, or `key` is no key.
         ValueError: If a leaf does not fit its norm's layout, norms and labels do not belong
             together, the start of a vector is not known, or, with `check`, a kept leaf lies outside
-            of its ball; the message names the leaves.
+            of its ball; the message names the leaves. With `check`, under `jax.jit`.
 
     Example:
         >>> import jax, jax.numpy as jnp, scion_jax
@@ -66,6 +66,7 @@ def init_params(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Sec. 3 (initialization).
     """
+    check_key(key)
     check_flag("check", check)
     leaves = resolve(params, norms, param_labels)
     warn_of_unused(params, norms, param_labels)
@@ -80,7 +81,9 @@ def init_params(
         point = (start or leaf.norm.init)(leaf_key, tuple(array.shape), array.dtype)
         points.append(_place_like(point, array))
         if check and start is not None and leaf.norm.constrained:
-            gauge = float(leaf.norm.gauge(points[-1]))
+            gauge = leaf.norm.gauge(points[-1])
+            if isinstance(gauge, jax.core.Tracer):
+                raise ValueError("check=True looks at values; leave it out under jax.jit")
             if not gauge <= 1 + 1e-3:
                 outside.append(f"'{leaf.path}' ({gauge:.3g} times its radius)")
     if unknown:

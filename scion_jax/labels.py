@@ -130,8 +130,8 @@ def label_by_path(rules: Sequence[tuple[str, Hashable]]) -> PathLabels:
     """
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise TypeError(
-            "label_by_path takes a list of pairs (regular expression, label), in the order in "
-            f"which they are tried; got {rules!r}"
+            "rules are a list of pairs (regular expression, label), in the order in which they are "
+            f"tried; got {rules!r}"
         )
     compiled: list[tuple[re.Pattern[str], Hashable]] = []
     for rule in rules:
@@ -158,9 +158,16 @@ def labels_of(tree: Any, param_labels: Any) -> list[Hashable]:
         The labels, in the order of the tree's leaves.
 
     Raises:
+        TypeError: If the function cannot be called with the tree.
         ValueError: If a leaf has no label, or a label no leaf; the message names them.
     """
-    labels = param_labels(tree) if callable(param_labels) else param_labels
+    try:
+        labels = param_labels(tree) if callable(param_labels) else param_labels
+    except TypeError as error:
+        raise TypeError(
+            "param_labels is a tree of labels, or a function from the tree of parameters to one; "
+            f"calling it with the parameters failed ({error})"
+        ) from error
     try:
         repeated = jax.tree.map(
             lambda label, part: [label] * len(jax.tree.leaves(part)), labels, tree

@@ -21,13 +21,14 @@ from scion_jax.distributed import sharding
 def widest(*dtypes: DTypeLike) -> jnp.dtype:
     """Finds the dtype that holds all of the given ones (float32 for float16 and bfloat16).
 
-    An explicit question, so it is answered under strict dtype promotion too.
+    An explicit question, so it is answered under strict dtype promotion too. NumPy's float64 counts
+    as what JAX makes of it, float32 by default.
     """
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, dtypes))
 
 
-_SUPPORTED = ("float16", "bfloat16", "float32", "float64")
+SUPPORTED = ("float16", "bfloat16", "float32", "float64")
 
 
 def check_floating(leaf: Any, name: str) -> None:
@@ -46,10 +47,10 @@ def check_floating(leaf: Any, name: str) -> None:
             f"{name} is {leaf!r}, which is no array; make it one (jnp.asarray), or leave it out "
             "(optax.masked, nnx.Optimizer(wrt=…), eqx.filter)"
         )
-    if str(leaf.dtype) not in _SUPPORTED:
+    if str(leaf.dtype) not in SUPPORTED:
         raise TypeError(
             f"{name} of shape {tuple(leaf.shape)} has dtype {leaf.dtype}; parameters and gradients "
-            f"are of a floating dtype, {', '.join(_SUPPORTED)}; leave others out (optax.masked, "
+            f"are of a floating dtype, {', '.join(SUPPORTED)}; leave others out (optax.masked, "
             "nnx.Optimizer(wrt=…), eqx.filter)"
         )
 

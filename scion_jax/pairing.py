@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from scion_jax import numerics
+from scion_jax import hyperparameters, numerics
 from scion_jax.distributed import sharding
+from scion_jax.trees import check_leaves
 
 
 class MeasurePairingState(NamedTuple):
@@ -50,6 +51,9 @@ def measure_pairing(
     Returns:
         A transformation with state `MeasurePairingState`.
 
+    Raises:
+        TypeError: If `inner` is no transformation.
+
     Example:
         >>> import jax.numpy as jnp, scion_jax
         >>> measured = measure_pairing(scion_jax.scale_by_lmo(scion_jax.Euclidean()))
@@ -60,9 +64,11 @@ def measure_pairing(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Fig. 8 and 11, which draw it.
     """
+    hyperparameters.check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> MeasurePairingState:
+        check_leaves(params, "the parameters")
         leaves = jax.tree.leaves(params)
         dtype = numerics.widest(jnp.float32, *(leaf.dtype for leaf in leaves))
         pairings = jnp.zeros([len(leaves)], dtype)
@@ -72,6 +78,11 @@ def measure_pairing(
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         ds, structure = jax.tree.flatten(updates)
         ws = structure.flatten_up_to(directions)
+        if len(ds) != state.pairings.size:
+            raise ValueError(
+                f"the gradients have {len(ds)} leaves, but the state keeps the pairings of "
+                f"{state.pairings.size}; give the parameters that the state was made for"
+            )
         dtype = state.pairing.dtype
         groups = sharding.varying_alike(ds, ws)
         measured = [pair([ds[i] for i in some], [ws[i] for i in some], dtype) for some in groups]

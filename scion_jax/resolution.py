@@ -125,7 +125,7 @@ def labelled_norms(tree: Any, norms: Norms, param_labels: Any) -> list[tuple[Has
         return [(None, norms)] * len(jax.tree.leaves(tree))
     labels = labels_of(tree, param_labels)
     for (keys, _), label in zip(jax.tree_util.tree_leaves_with_path(tree), labels, strict=True):
-        if label not in norms:
+        if not isinstance(label, Hashable) or label not in norms:
             known = ", ".join(repr(name) for name in norms)
             raise ValueError(
                 f"leaf '{leaf_path(keys)}' has the label {label!r}, but norms has no entry for it "

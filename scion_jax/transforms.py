@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from scion_jax.norms.leaves import Leaf, lmos
 from scion_jax.numerics import is_number, widest
 from scion_jax.resolution import Norms
 from scion_jax.rounding import store
-from scion_jax.trees import check_alike, only_where
+from scion_jax.trees import check_alike, check_leaves, only_where
 
 
 class AverageGradientsState(NamedTuple):
@@ -84,6 +85,7 @@ def average_gradients(
     hyperparameters.check_momentum(momentum, dtype)
 
     def init(params: Any) -> AverageGradientsState:
+        check_leaves(params, "the parameters")
         average = jax.tree.map(lambda p: zeros_like(p, dtype), params)
         return AverageGradientsState(jnp.zeros([], jnp.int32), average)
 
@@ -92,7 +94,7 @@ def average_gradients(
     ) -> tuple[Any, AverageGradientsState]:
         del params, extra_args
         check_alike(updates, state.average, "the gradients", "the average in the state")
-        alpha = hyperparameters.value_at(momentum, state.count)
+        alpha = hyperparameters.value_at("momentum", momentum, state.count)
 
         def blend(g: jax.Array, d: jax.Array) -> jax.Array:
             compute = widest(g.dtype, d.dtype, jnp.float32)
@@ -198,7 +200,7 @@ def decay_weights(
     """
     if callable(weight_decay):
         raise TypeError("weight_decay is a number; schedule it with optax.inject_hyperparams")
-    hyperparameters.check_number("weight_decay", weight_decay, at_least=0)
+    hyperparameters.check_number("weight_decay", weight_decay, at_least=0, below=math.inf)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if is_number(weight_decay) and weight_decay == 0:
@@ -233,8 +235,9 @@ def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformati
     Returns:
         A transformation whose state counts the updates.
     """
-    schedule = learning_rate if callable(learning_rate) else lambda count: learning_rate
-    return optax.scale_by_learning_rate(schedule)
+    return optax.scale_by_learning_rate(
+        lambda count: hyperparameters.value_at("learning_rate", learning_rate, count)
+    )
 
 
 def checked(
@@ -264,6 +267,10 @@ def checked(
         if params is not None:
             params = only_where(updates, params)
             check_alike(updates, params, "the gradients", "the parameters")
+        else:
+            check_leaves(updates, "the gradients")
+        # NumPy's float64 is float32 here, unless JAX is told otherwise.
+        updates, params = jax.tree.map(jnp.asarray, (updates, params))
         steps, state = chain.update(updates, state, params, **extra_args)
         like = updates if params is None else params
         return jax.tree.map(lambda step, x: step.astype(x.dtype), steps, like), state

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 
 from scion_jax.labels import leaf_path
+from scion_jax.numerics import check_floating
 
 
 def check_alike(tree: Any, other: Any, name: str, other_name: str) -> None:
-    """Checks that two trees have the same leaves, of the same shapes.
+    """Checks that two trees have the same structure, and arrays of the same shapes.
 
     Args:
         tree: Arrays.
@@ -19,10 +20,12 @@ def check_alike(tree: Any, other: Any, name: str, other_name: str) -> None:
         other_name: What to call the second.
 
     Raises:
+        TypeError: If a leaf is no array of a floating dtype; the message names it.
         ValueError: If they differ; the message names the leaves.
     """
-    shapes, others = _shapes(tree), _shapes(other)
+    shapes, others = _shapes(tree, name), _shapes(other, other_name)
     if shapes == others:
+        _check_containers(tree, other, name, other_name)
         return
     differing = [
         f"leaf '{path}' has shape {shapes[path]} in {name} and {others[path]} in {other_name}"
@@ -56,8 +59,25 @@ def only_where(tree: Any, other: Any) -> Any:
         return other
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...] | None]:
-    return {
-        leaf_path(keys): tuple(leaf.shape) if hasattr(leaf, "shape") else None
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+def check_leaves(tree: Any, name: str) -> None:
+    """Raises `TypeError` for a leaf that is no array of a floating dtype; the message names it."""
+    _shapes(tree, name)
+
+
+def _shapes(tree: Any, name: str) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = leaf_path(keys)
+        check_floating(leaf, f"leaf '{path}' of {name}")
+        shapes[path] = tuple(leaf.shape)
+    return shapes
+
+
+def _check_containers(tree: Any, other: Any, name: str, other_name: str) -> None:
+    try:
+        jax.tree.map(lambda *_: None, tree, other)
+    except (ValueError, TypeError) as error:  # which says where
+        raise ValueError(
+            f"{name} and {other_name} have the same leaves, but in other containers, such as a "
+            "tuple in place of a list; give both the same structure, as jax.grad does"
+        ) from error

@@ -49,8 +49,8 @@ PARAMS = {"a": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
         (-0.1, ValueError, "learning_rate must be at least 0"),
         (float("nan"), ValueError, "learning_rate must be at least 0"),
         (np.ones(3), ValueError, r"one number; got an array of shape \(3,\)"),
-        (lambda count: None, TypeError, "learning_rate, a schedule, at the first update must be"),
-        (lambda count: jnp.ones(16), ValueError, r"at the first update must be one.*\(16,\)"),
+        (lambda count: None, TypeError, "learning_rate, a schedule, must be a number; got None"),
+        (lambda count: jnp.ones(16), ValueError, r"a schedule, must be one number.*\(16,\)"),
         (lambda: 0.1, TypeError, "a function of the number of updates made; calling <lambda>"),
     ],
 )

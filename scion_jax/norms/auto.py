@@ -12,8 +12,8 @@ from scion_jax import hyperparameters
 from scion_jax.norms.axes import Axes
 from scion_jax.norms.base import Norm
 from scion_jax.norms.euclidean import BiasRMS
-from scion_jax.norms.spectral import Spectral, check_orthogonalizer
-from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer
+from scion_jax.norms.spectral import Spectral
+from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer, check_orthogonalizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

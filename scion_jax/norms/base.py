@@ -231,9 +231,12 @@ class Norm(abc.ABC):
             ball where the norm says so.
 
         Raises:
-            TypeError: If `dtype` is not floating.
+            TypeError: If `key`, `shape` or `dtype` is none, or `dtype` not floating.
             ValueError: If the layout does not fit, or is None and the rank has no default.
         """
+        hyperparameters.check_key(key)
+        hyperparameters.check_shape(shape)
+        hyperparameters.check_dtype("dtype", dtype)
         dtype = jax.dtypes.canonicalize_dtype(dtype)
         norm, layout = self._resolved(jax.ShapeDtypeStruct(tuple(shape), dtype))
         keys = [key] if len(layout.blocks) == 1 else jax.random.split(key, len(layout.blocks))

@@ -98,6 +98,8 @@ def check_layout(layout: str | None) -> None:
         TypeError: If `layout` is neither None nor a string.
         ValueError: If it holds another letter, malformed parts, or no `o`.
     """
+    if not isinstance(layout, str | None):
+        raise TypeError(f"a layout is a string such as 'io', or None; got {layout!r}")
     if layout is not None:
         _terms(layout)
 
@@ -105,8 +107,6 @@ def check_layout(layout: str | None) -> None:
 @functools.cache
 def _terms(layout: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Reads `"io[3]"` as `(("i", ()), ("o", (3,)))`."""
-    if not isinstance(layout, str):
-        raise TypeError(f"a layout is a string such as 'io', or None; got {layout!r}")
     terms, end = [], 0
     for match in _TERM.finditer(layout):
         if match.start() != end:
@@ -165,6 +165,7 @@ def parse_layout(
         >>> query.d_out, key_and_value.d_out
         (64, 16)
     """
+    check_layout(layout)
     array = f"{name or 'an array'} of shape {tuple(shape)}"
     if layout is None:
         if len(shape) not in defaults:
@@ -193,7 +194,7 @@ def parse_layout(
                 f"cannot be {count} equal parts"
             )
         cuts.append((size,) if equal else parts)
-        repeats.append(count if equal and count > 1 else 1)
+        repeats.append(count if size and equal and count > 1 else 1)
     letters = [letter for letter, _ in terms]
     blocks = tuple(_axes(letters, sizes, repeats) for sizes in itertools.product(*cuts))
     return Layout(layout, tuple(shape), tuple(cuts), blocks)

@@ -16,7 +16,7 @@ from scion_jax.distributed.spreading import polar_factors
 from scion_jax.norms.axes import Axes
 from scion_jax.norms.base import Norm
 from scion_jax.norms.layout import Layout
-from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer
+from scion_jax.polar.orthogonalizers import NewtonSchulz, Orthogonalizer, check_orthogonalizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,14 +137,6 @@ class SpectralConv(Spectral):
                 "Conv2d)"
             )
         return layout
-
-
-def check_orthogonalizer(name: str, orthogonalizer: object) -> None:
-    """Raises `TypeError` unless it is an orthogonalizer."""
-    if not isinstance(orthogonalizer, Orthogonalizer):
-        raise TypeError(
-            f"{name}: orthogonalizer is NewtonSchulz(…) or ExactPolar(); got {orthogonalizer!r}"
-        )
 
 
 def _singular_values(array: jax.Array, axes: Axes) -> jax.Array:

@@ -57,7 +57,7 @@ def almond(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 4.
     """
-    check_learning_rate(learning_rate)
+    check_learning_rate(learning_rate, constrained=False)
     return checked(
         norms,
         param_labels,

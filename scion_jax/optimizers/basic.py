@@ -73,7 +73,7 @@ def scion(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 2 (SCG) and 3.
     """
-    check_learning_rate(learning_rate, at_most=1)
+    check_learning_rate(learning_rate, constrained=True)
     check_flag("show_pairing", show_pairing)
     directions = optax.chain(
         scale_by_lmos(norms, param_labels, shard_over), decay_weights(1.0, norms, param_labels)
@@ -140,7 +140,7 @@ def unconstrained_scion(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 (uSCG) and 3; Sec. 3 for weight decay.
     """
-    check_learning_rate(learning_rate)
+    check_learning_rate(learning_rate, constrained=False)
     check_flag("show_pairing", show_pairing)
     directions = optax.chain(
         scale_by_lmos(norms, param_labels, shard_over),

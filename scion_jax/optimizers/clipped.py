@@ -77,7 +77,7 @@ def unconstrained_clipped_scion(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Alg. 1 (GGNC) and 3.
     """
-    check_learning_rate(learning_rate)
+    check_learning_rate(learning_rate, constrained=False)
     return checked(
         norms,
         param_labels,
@@ -147,7 +147,7 @@ def clipped_scion(
 
     Source: [C] Pethick et al., arXiv:2506.01913, Alg. 2 and 4 (variants 2 and 1), App. C.
     """
-    check_learning_rate(learning_rate, at_most=1)
+    check_learning_rate(learning_rate, constrained=True)
     check_flag("short_step", short_step)
     directions = optax.chain(
         scale_by_lmos(norms, param_labels, shard_over), decay_weights(1.0, norms, param_labels)

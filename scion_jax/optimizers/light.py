@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,9 +107,9 @@ def scion_light(
     Source: [S] Pethick et al., arXiv:2502.07529, App. E.2.
     """
     check_flag("unconstrained", unconstrained)
-    check_learning_rate(learning_rate, at_most=math.inf if unconstrained else 1)
+    check_learning_rate(learning_rate, constrained=not unconstrained)
     check_momentum(momentum, momentum_dtype)
-    check_number("every_k", every_k, at_least=1)
+    check_number("every_k", every_k, at_least=1, at_most=jnp.iinfo(jnp.int32).max)
     if is_number(every_k) and every_k != int(every_k):
         raise ValueError(f"every_k must be a whole number; got {every_k}")
     take_step = optax.with_extra_args_support(
@@ -134,7 +133,7 @@ def scion_light(
         def step(gradient_sum: Any, state: Any, like: Any) -> tuple[Any, ScionLightState]:
             steps, inner = take_step.update(gradient_sum, state.inner_state, params, **extra_args)
             steps = jax.tree.map(lambda u, x: u.astype(x.dtype), steps, like)
-            alpha = value_at(momentum, state.count)
+            alpha = value_at("momentum", momentum, state.count)
             decayed = jax.tree.map(lambda g: remember(g, alpha), gradient_sum)
             count = jnp.asarray(optax.safe_increment(state.count))
             gathered = jnp.zeros_like(state.gathered)

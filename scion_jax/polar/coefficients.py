@@ -135,7 +135,8 @@ def resolve(coefficients: str | Sequence[Step], steps: int | None) -> tuple[Step
 
     Raises:
         TypeError: If `coefficients` is not a name or a sequence of three numbers per step.
-        ValueError: If the name is unknown, the sequence is empty, or `steps` is less than 1.
+        ValueError: If the name is unknown, the sequence is empty or not finite, or `steps` is less
+            than 1.
     """
     hyperparameters.check_whole("steps", steps)
     if isinstance(coefficients, str):
@@ -159,6 +160,8 @@ def resolve(coefficients: str | Sequence[Step], steps: int | None) -> tuple[Step
         ) from error
     if not given:
         raise ValueError("coefficients must hold at least one step (a, b, c)")
+    if not all(math.isfinite(number) for step in given for number in step):
+        raise ValueError(f"coefficients must be finite; got {coefficients}")
     return _extended(given, given[-1], len(given) if steps is None else steps)
 
 

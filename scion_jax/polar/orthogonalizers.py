@@ -110,12 +110,10 @@ class NewtonSchulz(Orthogonalizer):
         resolve(self.coefficients, self.steps)
         if not isinstance(self.coefficients, str):  # a list would not be hashable
             object.__setattr__(self, "coefficients", resolve(self.coefficients, None))
-        if self.compute_dtype is not None:
-            dtype = jnp.dtype(self.compute_dtype)
-            if not jnp.issubdtype(dtype, jnp.floating):
-                raise TypeError(f"compute_dtype must be a floating dtype; got {dtype}")
-            object.__setattr__(self, "compute_dtype", dtype)
-        if self.schatten not in (2, 4, None):
+        hyperparameters.check_dtype("compute_dtype", self.compute_dtype)
+        if self.compute_dtype is not None:  # equal dtypes are to be equal norms
+            object.__setattr__(self, "compute_dtype", jnp.dtype(self.compute_dtype))
+        if not isinstance(self.schatten, int | None) or self.schatten not in (2, 4, None):
             raise ValueError(f"schatten is 2 (Frobenius), 4, or None; got {self.schatten!r}")
         hyperparameters.check_whole("chunk_bytes", self.chunk_bytes)
 
@@ -205,6 +203,14 @@ class ExactPolar(Orthogonalizer):
         return jnp.matmul(u, vt, precision=jax.lax.Precision.HIGHEST)
 
 
+def check_orthogonalizer(name: str, orthogonalizer: object) -> None:
+    """Raises `TypeError` unless it is an orthogonalizer."""
+    if not isinstance(orthogonalizer, Orthogonalizer):
+        raise TypeError(
+            f"{name}: orthogonalizer is NewtonSchulz(…) or ExactPolar(); got {orthogonalizer!r}"
+        )
+
+
 def orthogonalize(matrix: jax.Array, orthogonalizer: Orthogonalizer | None = None) -> jax.Array:
     """Maps a matrix, or each matrix of a batch, to its polar factor.
 
@@ -229,11 +235,13 @@ def orthogonalize(matrix: jax.Array, orthogonalizer: Orthogonalizer | None = Non
 
     Source: [S] Pethick et al., arXiv:2502.07529, Table 2 (the spectral LMO).
     """
+    numerics.check_floating(matrix, "matrix")
     if matrix.ndim < 2:
-        raise ValueError(f"orthogonalize needs matrices, (…, m, n); got shape {matrix.shape}")
-    if not jnp.issubdtype(matrix.dtype, jnp.floating):
-        raise TypeError(f"orthogonalize needs a floating dtype; got {matrix.dtype}")
-    orthogonalizer = orthogonalizer or NewtonSchulz()
+        raise ValueError(
+            f"matrix has shape {matrix.shape}; orthogonalize needs matrices, (…, m, n)"
+        )
+    orthogonalizer = NewtonSchulz() if orthogonalizer is None else orthogonalizer
+    check_orthogonalizer("orthogonalize", orthogonalizer)
     if not matrix.size:
         return jnp.asarray(matrix)
     whole = sharding.replicate(matrix).astype(orthogonalizer.communication_dtype(matrix.dtype))
