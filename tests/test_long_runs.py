@@ -34,8 +34,9 @@ NORMS = {
 LABELS = {name: name for name in SHAPES}
 
 KINDS = ("random", "zero", "sparse", "exploding")
-# The largest gradients: as large as LMOs promise to be exact, or as the dtype allows.
-LARGEST = {"bfloat16": 1e30, "float16": 1e4, "float32": 1e30}
+# How large gradients grow: to where LMOs promise to be exact, or near the dtype's largest number, so
+# that a sum of them is beyond it.
+LARGEST = {"bfloat16": 1e30, "float16": 2e4, "float32": 1e30}
 # From 2⁻⁸ down, rounding a bfloat16 parameter loses the pull that keeps it in its ball.
 LEARNING_RATE = 0.05
 
