@@ -34,7 +34,7 @@ NORMS = {
 LABELS = {name: name for name in SHAPES}
 
 KINDS = ("random", "zero", "sparse", "exploding")
-# How large gradients grow: to where LMOs promise to be exact, or near the dtype's largest number, so
+# How large gradients grow: to where LMOs promise to be exact, or near the largest float16, so
 # that a sum of them is beyond it.
 LARGEST = {"bfloat16": 1e30, "float16": 2e4, "float32": 1e30}
 # From 2⁻⁸ down, rounding a bfloat16 parameter loses the pull that keeps it in its ball.
