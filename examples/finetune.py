@@ -138,6 +138,16 @@ def load(model: Network, path: Path) -> None:
         leaves[name][...] = jax.numpy.asarray(array, leaves[name].dtype)
 
 
+def save(model: Network, path: Path) -> None:
+    """Writes what `load` reads; a file that was there stays until the new one is complete."""
+    part = path.with_suffix(".part.npz")
+    try:
+        np.savez(part, **{name: leaf[...] for name, leaf in parameters(model).items()})
+        part.replace(path)
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written: {error}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains a base, or loads one, then its adapters."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -179,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         train(base, train_old, nnx.Param, nnx.Param, options)
     if saved:
-        np.savez(saved, **{name: leaf[...] for name, leaf in parameters(base).items()})
+        save(base, saved)
     model = adapt(base, options.rank, nnx.Rngs(1))
     before = accuracy(model, test_new)
     learn = (nnx.LoRAParam, nnx.PathContains("head")) if options.head else nnx.LoRAParam

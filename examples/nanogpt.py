@@ -5,6 +5,7 @@
 """
 
 import sysconfig
+import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -25,7 +25,7 @@ NUMBERS = {"width": 128, "layers": 3, "heads": 4, "sequence": 128, "batch": 16, 
 NUMBERS |= {"seed": 1, "save_every": 200, "sample_length": 400}
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 CHUNK = 20  # steps in one compiled call; on a CPU they take two thirds of the time
-rms_norm = nnx.RMSNorm(1, use_scale=False, rngs=nnx.Rngs())  # for any width, no parameters
+rms_norm = nnx.RMSNorm(1, use_scale=False, rngs=None)  # for any width, no parameters
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -39,10 +39,9 @@ class Block(nnx.Module):
     """Causal attention, then a perceptron, each added to what it reads in normalized form."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
-        self.heads, square = heads, partial(nnx.Linear, width, width, use_bias=False, rngs=rngs)
-        self.query, self.key, self.value, self.output = square(), square(), square(), square()
-        self.expand = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
-        self.contract = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
+        self.heads, linear = heads, partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.query, self.key, self.value, self.output = (linear(width, width) for _ in range(4))
+        self.expand, self.contract = linear(width, 4 * width), linear(4 * width, width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         matrices, per_head = (self.query, self.key, self.value), (*x.shape[:2], self.heads, -1)
@@ -56,9 +55,7 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     """Maps tokens ``(batch, sequence)`` to logits; every parameter is a matrix."""
 
-    def __init__(
-        self, vocabulary: int, width: int, layers: int, heads: int, tied: bool, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, tied: bool, rngs):
         self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
         self.blocks = nnx.Sequential(*[Block(width, heads, rngs) for _ in range(layers)])
         self.head = None if tied else nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
@@ -68,19 +65,18 @@ class GPT(nnx.Module):
         return (self.head or self.embedding.attend)(rms_norm(x))
 
 
-def read_tokens(files: list[str | Path]) -> tuple[np.ndarray, int]:
-    """Reads text, or FineWeb shards: 256 int32 (magic, version, count), then uint16 tokens."""
+def read_tokens(files: list[str | Path]) -> tuple[list[np.ndarray], int]:
+    """Reads text, or maps FineWeb shards: 256 int32 (magic, version, count), then uint16 tokens."""
     root = Path(sysconfig.get_path("stdlib"))
     sources = (p for p in root.rglob("*.py") if LEFT_OUT.isdisjoint(p.relative_to(root).parts))
     paths = [Path(file) for file in files] or sorted(sources)
     if not any(path.suffix == ".bin" for path in paths):
-        return np.frombuffer(b"\n".join(path.read_bytes() for path in paths), np.uint8), 256
+        return [np.frombuffer(b"\n".join(path.read_bytes() for path in paths), np.uint8)], 256
     for path in paths:
         magic, version, count, *_ = [*np.fromfile(path, "<i4", 256).tolist(), 0, 0, 0]
         if (magic, version) != (20240520, 1) or not 0 < 2 * count == path.stat().st_size - 1024:
             raise ValueError(f"{path}: no FineWeb shard (20240520, 1, …), or a truncated one")
-    shards = [np.memmap(path, "<u2", "r", 1024) for path in paths]
-    return shards[0] if len(shards) == 1 else np.concatenate(shards), 50304
+    return [np.memmap(path, "<u2", "r", 1024) for path in paths], 50304
 
 
 def random_windows(tokens: np.ndarray, seed: int, step: int, batch: int, length: int) -> np.ndarray:
@@ -89,10 +85,9 @@ def random_windows(tokens: np.ndarray, seed: int, step: int, batch: int, length:
     return tokens[starts[:, None] + np.arange(length)].astype(np.int32)
 
 
-def mean_loss(model: GPT, windows: jax.Array) -> jax.Array:
+def mean_loss(model: GPT, rows: jax.Array) -> jax.Array:
     """Returns nats per token."""
-    logits = model(windows[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(model(rows[:, :-1]), rows[:, 1:]).mean()
 
 
 @nnx.jit(donate_argnums=0)
@@ -105,16 +100,30 @@ def train(run: tuple[GPT, nnx.Optimizer], windows: jax.Array) -> tuple[tuple, ja
     return run, loss
 
 
-def report(folder: Path, losses: np.ndarray) -> None:
-    """Replaces the table and the picture of the losses, once the new ones are complete."""
-    table = np.column_stack([np.arange(1, 1 + len(losses)), losses])
-    np.savetxt(folder / "csv.tmp", table, "%.9g", ",", header="step,train,validation", comments="")
+def save(folder: Path, facts: dict, state: nnx.State, losses: np.ndarray, step: int) -> None:
+    """Replaces table and picture of the losses and the checkpoint, each by one that is complete."""
+    table = np.column_stack([np.arange(1, 1 + step), losses[:step]])
+    np.savetxt(folder / "tmp.csv", table, "%.9g", ",", header="step,train,validation", comments="")
     axes = Figure().subplots()
     axes.legend(axes.plot(*table.T[:2], "-", *table.T[::2], "o"), ["training", "validation"])
-    axes.set(xlabel="step", ylabel="nats per token", ylim=(None, np.quantile(losses[:, 0], 0.98)))
-    axes.figure.savefig(folder / "png.tmp", format="png")
-    for kind in ("csv", "png"):
-        (folder / f"{kind}.tmp").replace(folder / f"loss.{kind}")
+    axes.set(xlabel="step", ylabel="nats per token", ylim=(None, np.quantile(table[:, 1], 0.98)))
+    axes.figure.savefig(folder / "tmp.png")
+    np.savez(folder / "tmp.npz", *jax.tree.leaves((state, losses, step)), **facts)
+    for name in ("loss.csv", "loss.png", "checkpoint.npz"):
+        (folder / f"tmp.{name[-3:]}").replace(folder / name)
+
+
+def restore(path: Path, facts: dict, state: tuple[nnx.State, np.ndarray, int]) -> tuple:
+    """Reads a checkpoint, unless it is damaged (reading compares checksums) or of another run."""
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            saved = dict(arrays)
+            then = {name: saved.pop(name).item() for name in facts}
+    except Exception as error:  # of many types
+        raise ValueError(f"{path}: damaged or another program's, remove it") from error
+    if differ := {name: then[name] for name in facts if then[name] != facts[name]}:
+        raise ValueError(f"--resume needs the settings of {path}: {differ}")
+    return jax.tree.unflatten(jax.tree.structure(state), saved.values())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -130,24 +139,23 @@ def main(arguments: list[str] | None = None) -> None:
     for name, default in NUMBERS.items():
         add(f"--{name}".replace("_", "-"), type=int, default=default, help=f"default: {default}")
     for name in ("--learning-rate", "--hidden-radius", "--head-radius"):
-        add(name, type=float, help="default: what suits the optimizer")
+        add(name, type=float, default=0.0, help="default: what suits the optimizer")
     settings = parser.parse_args(arguments)
     if min(vars(settings)[name] for name in NUMBERS) < 1 or settings.width % (2 * settings.heads):
         raise ValueError("numbers must be positive, and --width a multiple of two times --heads")
-    facts = vars(settings) | dict.fromkeys(("out", "resume", "overwrite", "sample_length"))
     tokens, vocabulary = read_tokens(settings.data)
-    text, held_out = np.split(tokens, [len(tokens) * 9 // 10])
-    length, args, items = settings.sequence + 1, ocp.args, ocp.args.Composite
-    if len(held_out) < length:
-        raise ValueError(f"{len(tokens)} tokens are too few for --sequence {settings.sequence}")
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    manager = ocp.CheckpointManager(settings.out.absolute() / "checkpoints", options=options)
-    for old in manager.all_steps() if settings.overwrite else ():
-        manager.delete(old)
-    start = manager.latest_step() or 0
-    if start and not settings.resume:
+    first, held_out = np.split(tokens[-1], [len(tokens[-1]) * 9 // 10])
+    text, length = [*tokens[:-1], first], settings.sequence + 1
+    if min(map(len, [*text, held_out])) < length:
+        raise ValueError(f"{len(tokens[-1])} tokens are too few for --sequence {settings.sequence}")
+    settings.data = ", ".join(f"{len(x)} tokens, CRC {zlib.crc32(x[: 2**24]):x}" for x in tokens)
+    facts = {**vars(settings), "out": "", "resume": "", "overwrite": "", "sample_length": ""}
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path = settings.out / "checkpoint.npz"
+    if settings.overwrite:
+        path.unlink(missing_ok=True)
+    if path.exists() and not settings.resume:
         raise ValueError(f"{settings.out} holds a run: give --resume, --overwrite or another --out")
-
     sizes = (settings.width, settings.layers, settings.heads, settings.tied)
     model = GPT(vocabulary, *sizes, nnx.Rngs(settings.seed))
     algorithm = scion_jax.scion if settings.optimizer == "scion" else scion_jax.unconstrained_scion
@@ -162,29 +170,21 @@ def main(arguments: list[str] | None = None) -> None:
     rate, decay = settings.learning_rate or 2**-5 / ball, max(1, round(0.285 * settings.steps))
     schedule = optax.linear_schedule(rate, 0.0, decay, settings.steps - decay)
     run = model, nnx.Optimizer(model, algorithm(schedule, norms, labels), wrt=nnx.Param)
-    state = {"run": nnx.state(run), "losses": np.full((settings.steps, 2), np.nan, "f")}
-    if start:
-        try:
-            then = manager.restore(start, args=items(facts=args.JsonRestore()))["facts"]
-            if own := {name: then[name] for name in facts if facts[name] != then[name]}:
-                raise SystemExit(f"nanogpt.py: --resume needs the settings of the run: {own}")
-            state = manager.restore(start, args=items(state=args.StandardRestore(state)))["state"]
-        except Exception as error:  # of many types
-            raise ValueError(f"{manager.directory / str(start)}: damaged, remove it") from error
-        nnx.update(run, state["run"])
-    losses, validate, predict = np.array(state["losses"]), nnx.jit(mean_loss), nnx.jit(GPT.__call__)
-    rows = held_out[: len(held_out) // length * length].reshape(-1, length).astype(np.int32)
-    even = rows[np.linspace(0, len(rows) - 1, 32 * settings.batch).astype(int)]
-    draw = partial(random_windows, text, settings.seed, batch=settings.batch, length=length)
+    state = nnx.state(run), np.full((settings.steps, 2), np.nan, "f"), 0
+    state, losses, start = restore(path, facts, state) if path.exists() else state
+    nnx.update(run, state)
+    validate, predict = nnx.jit(mean_loss), nnx.jit(GPT.__call__)
+    rows = held_out[: len(held_out) // length * length].reshape(-1, length)
+    even = rows[np.linspace(0, len(rows) - 1, 32 * settings.batch).astype(int)].astype(np.int32)
+    draw = partial(random_windows, seed=settings.seed, batch=settings.batch, length=length)
     for step in (bar := tqdm(range(start, settings.steps, CHUNK), unit_scale=CHUNK)):
         stop = min(step + CHUNK, settings.steps)
-        losses[step:stop, 0] = train(run, np.stack([*map(draw, range(step, stop))]))[1]
+        windows = [draw(text[k % len(text)], step=k) for k in range(step, stop)]
+        losses[step:stop, 0] = train(run, np.stack(windows))[1]
         bar.set_postfix(loss=losses[stop - 1, 0])
         if stop % settings.save_every == 0 or stop == settings.steps:
             losses[stop - 1, 1] = np.mean([validate(model, batch) for batch in np.split(even, 32)])
-            report(settings.out, losses[:stop])
-            saved = args.StandardSave({"run": nnx.state(run), "losses": losses})
-            manager.save(stop, args=items(state=saved, facts=args.JsonSave(facts)))
+            save(settings.out, facts, nnx.state(run), losses, stop)
     sample, generator = even[0, 1:], np.random.default_rng(settings.seed)
     for _ in range(settings.sample_length):
         scores = predict(model, sample[None, -settings.sequence :])[0, -1] / 0.7

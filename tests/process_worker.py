@@ -17,11 +17,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import scion_jax
 
-STEPS = 20
-EVERY = 4  # steps from one checkpoint to the next
+STEPS = 10
+EVERY = 2  # steps from one checkpoint to the next
 BATCH = 32
 VOCABULARY = 16
-DEVICES_PER_PROCESS = 4
+DEVICES_PER_PROCESS = 2
 
 NORMS = {
     "embedding": scion_jax.Sign(),
@@ -198,7 +198,9 @@ def main():
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--process", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--checkpoints", type=Path, help="folder; continue from the newest one")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder; continue the first training from the newest one"
+    )
     parser.add_argument("--pause", type=float, default=0.0, help="seconds after each step")
     parser.add_argument("trainings", nargs="+", help="axis type and optimizer: Auto-scion")
     arguments = parser.parse_args()
@@ -224,7 +226,7 @@ def main():
 
     for name in arguments.trainings:
         training = Training(*name.split("-"), jax.devices())
-        if arguments.checkpoints:
+        if arguments.checkpoints and name == arguments.trainings[0]:
             state = train_with_checkpoints(training, arguments.checkpoints, arguments.pause)
             write(f"{name}-continued", training, state)
         *_, (_, state) = training.steps(training.initial())

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import resource
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -185,3 +186,16 @@ def test_files_that_are_none_are_refused(write, tmp_path):
     for name in [*contents, "array.npy", "missing.npz"]:
         with pytest.raises(SystemExit, match=rf"{name}: expected .npz with x, y: .+"):
             finetune.read_task(tmp_path / name)
+
+
+def test_full_disk_leaves_the_base_that_was_there(tmp_path):
+    saved, model = tmp_path / "base.npz", network()
+    finetune.save(model, saved)
+    whole, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"base\.npz cannot be written: .*File too large"):
+            finetune.save(model, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.read_bytes() == whole

@@ -33,7 +33,7 @@ def make_model(setting: Setting, rngs: nnx.Rngs) -> GPT:
 @functools.cache
 def corpus() -> tuple[np.ndarray, np.ndarray]:
     """Returns the bytes to train on and those to validate on: the standard library's sources."""
-    tokens, _ = read_tokens([])
+    (tokens,), _ = read_tokens([])
     count = round((1 - HELD_OUT) * len(tokens))
     return tokens[:count], tokens[count:]
 

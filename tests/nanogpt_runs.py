@@ -1,0 +1,24 @@
+"""What the tests of `examples/nanogpt.py` have in common: a text, and less to compile."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import nanogpt
+
+
+def write_book(path):
+    """Writes 20,000 bytes that are easy to learn, and returns the path."""
+    path.write_text("".join(f"line {number % 37} of the book\n" for number in range(1000)))
+    return path
+
+
+def one_optimizer(context):
+    """Gives all runs of a model the same optimizer, so that steps are compiled once."""
+
+    def unconstrained_scion(schedule, norms, labels):
+        return optimizers.setdefault(labels, original(schedule, norms, labels))
+
+    optimizers, original = {}, nanogpt.scion_jax.unconstrained_scion
+    context.setattr(nanogpt.scion_jax, "unconstrained_scion", unconstrained_scion)
