@@ -63,12 +63,9 @@ def start(code, book, out, *arguments, **environment):
 
 
 def modified(path):
-    """Tells when a file was last written to, if there is one."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mtime_ns
 
-
-# Killed processes
 
 # Kills itself in the middle of its second checkpoint and, when that is continued, between two.
 KILLED = """
@@ -96,9 +93,9 @@ nanogpt.main(sys.argv[1:])
 
 def test_run_killed_twice_ends_like_one_that_was_not(run, whole, book, tmp_path):
     out = tmp_path / "killed"
-    unoptimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for flags, left in ([], True), (["--resume"], False):
-        process = start(["-c", KILLED], book, out, *STEPS, *flags, **unoptimized)
+        code, unoptimized = ["-c", KILLED], {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        process = start(code, book, out, *STEPS, *flags, **unoptimized)
         _, error = process.communicate()
         assert process.returncode == -signal.SIGKILL, error
         assert (out / "tmp.npz").exists() == left
@@ -147,7 +144,6 @@ def test_run_killed_at_many_moments_ends_like_one_that_was_not(book, tmp_path):
         runs += 1
         if kills == KILLS:
             break
-    print(f"{KILLS} kills, {in_a_checkpoint} of them in a checkpoint, in {runs} runs")
     assert in_a_checkpoint >= 3
 
 
@@ -191,7 +187,6 @@ LOSSES = np.array([[3.0, np.nan], [2.0, 2.5]], np.float32)
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A small checkpoint."""
     nanogpt.save(tmp_path, FACTS, STATE, LOSSES, 2)
     return tmp_path / "checkpoint.npz"
 
@@ -200,21 +195,12 @@ def restore(path, **facts):
     return nanogpt.restore(path, FACTS | facts, (STATE, LOSSES, 0))
 
 
-def test_checkpoint_is_read_back(checkpoint):
-    state, losses, step = restore(checkpoint)
-    assert step == 2
-    np.testing.assert_array_equal(losses, LOSSES)
-    for name, array in STATE.items():
-        np.testing.assert_array_equal(state[name], array, strict=True)
-
-
 def test_no_changed_byte_goes_unnoticed(checkpoint):
-    data, refused, places = checkpoint.read_bytes(), 0, 0
+    data, refused = checkpoint.read_bytes(), 0
     for place in range(0, len(data), 7):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         checkpoint.write_bytes(changed)
-        places += 1
         try:
             state, losses, step = restore(checkpoint)
         except ValueError as error:
@@ -223,7 +209,7 @@ def test_no_changed_byte_goes_unnoticed(checkpoint):
             np.testing.assert_array_equal(state["kernel"], STATE["kernel"], strict=True)
             assert (state["count"], step) == (7, 2)
             np.testing.assert_array_equal(losses, LOSSES)
-    assert refused > places / 2
+    assert refused > len(data) / 7 / 2
 
 
 def test_beginning_of_a_checkpoint_is_refused(checkpoint):
