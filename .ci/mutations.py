@@ -9,7 +9,6 @@ that `zip` is strict.
 
 import ast
 import dataclasses
-import difflib
 import functools
 import itertools
 import pathlib
@@ -78,6 +77,9 @@ def _operators():
     return made | {"DropKeyword": _DropKeyword(), "DropStatement": _DropStatement()}
 
 
+_OPPOSITES = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
+
+
 class _Essence(ast.NodeTransformer):
     """Takes out what no test is to notice."""
 
@@ -100,6 +102,16 @@ class _Essence(ast.NodeTransformer):
 
     def visit_If(self, node):
         return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+
+    def visit_UnaryOp(self, node):  # so that two ways to say the opposite are one
+        self.generic_visit(node)
+        match node:
+            case ast.UnaryOp(ast.Not(), ast.Compare(ops=[operator])) if (
+                type(operator) in _OPPOSITES
+            ):
+                node.operand.ops = [_OPPOSITES[type(operator)]()]
+                return node.operand
+        return node
 
     def visit_Raise(self, node):
         node.exc = getattr(node.exc, "func", node.exc)
@@ -125,17 +137,19 @@ def essence(code):
 
 def change(before, after, around=24):
     """Writes the difference of two essences as `before` → `after`; empty if there is none."""
-    lines = list(difflib.ndiff(before, after))
-    old, new = (" ⏎ ".join(x[2:].strip() for x in lines if x[0] == sign) for sign in "-+")
+    top = _common(before, after)
+    bottom = _common(before[top:][::-1], after[top:][::-1])
+    parts = (x[top : len(x) - bottom] for x in (before, after))
+    old, new = (" ⏎ ".join(line.strip() for line in lines) for lines in parts)
     same = _common(old, new)
     tail = _common(old[same:][::-1], new[same:][::-1])
     start, stop = max(same - around, 0), max(tail - around, 0)
     texts = ("…" * (start > 0) + x[start : len(x) - stop] + "…" * (stop > 0) for x in (old, new))
-    return " → ".join(f"`{text}`" for text in texts) if old != new else ""
+    return " → ".join(f"`{text}`" for text in texts) if before != after else ""
 
 
 def _common(x, y):
-    """Counts the letters in which two texts agree from their start on."""
+    """Counts the lines, or the letters, in which two agree from their start on."""
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(x, y, strict=False))))
 
 
@@ -181,14 +195,20 @@ def places(module):
     return found
 
 
+@functools.cache
+def _original(module):
+    code = (PACKAGE / module).read_text()
+    return code, essence(code)
+
+
 def make(module, name, occurrence, line, definition):
     """Makes the change; None if the result does not compile, or differs in nothing that counts."""
     from cosmic_ray.mutating import mutate_code
 
-    original = (PACKAGE / module).read_text()
+    original, lines = _original(module)
     code = mutate_code(original, _operators()[name], occurrence)
     try:
-        text = change(essence(original), essence(code))
+        text = change(lines, essence(code))
     except SyntaxError:
         return None
     twice = "not not " in code  # is what leaving out `not` makes, too

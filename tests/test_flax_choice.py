@@ -155,13 +155,20 @@ def test_models_that_are_none():
         flax_norms(language(), TOKENS, last={})
 
 
-class Tied(nnx.Module):
+class Embeddings(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(12, 8, rngs=rngs)
         self.other = nnx.Embed(3, 8, rngs=rngs)
 
+
+class Tied(Embeddings):
     def __call__(self, tokens):
         return self.embed.attend(self.embed(tokens))
+
+
+class TiedInside(Embeddings):
+    def __call__(self, tokens):
+        return jax.vmap(lambda x: self.embed.attend(x))(self.embed(tokens))
 
 
 class TiedByReading(nnx.Module):
@@ -186,7 +193,7 @@ class Alias(nnx.Module):
         self.a_head = Head(self.embed.embedding)
 
 
-@pytest.mark.parametrize("make", [Tied, TiedByReading, Alias])
+@pytest.mark.parametrize("make", [Tied, TiedInside, TiedByReading, Alias])
 def test_tied_embeddings(make):
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     with pytest.raises(
