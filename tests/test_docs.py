@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import scion_jax
-from scion_jax import clipped_scion
+from scion_jax import clipped_scion, describe
 
 pytestmark = pytest.mark.unoptimized
 
@@ -75,3 +75,4 @@ def test_own_norm():
     optimizer = clipped_scion(0.1, norm, rho=1.0, short_step=True)
     updates, _ = optimizer.update(d, optimizer.init(params), params)
     assert updates.shape == d.shape
+    assert str(describe(params, norm)).endswith("–")  # it does not say how long its steps are
