@@ -112,7 +112,7 @@ def activations(setting: Setting, params: Any, tokens: jax.Array) -> dict[str, j
     model = nnx.merge(structure_of(setting, TEXT), params)
     found: dict[str, jax.Array] = {}
     x = model.embedding(tokens)
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(model.blocks.layers):
         found[f"block {index}"] = x = block(x)
     return found | {"logits": model(tokens)}
 
