@@ -12,6 +12,8 @@ DEMO_ARGS ?= --overwrite
 PYTEST_ARGS ?=
 # scion.py of the authors' PyTorch code, for make bench to compare with. PyTorch has to be in VENV.
 REFERENCE ?=
+# More arguments for .ci/mutants, for example: make mutants MUTANTS_ARGS="--sample 150"
+MUTANTS_ARGS ?=
 # Test processes. The default is one per core, and at most 8.
 TEST_JOBS ?= auto
 
@@ -25,12 +27,14 @@ define install
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 endef
 
-.PHONY: help demo test test-slow lint bench docs release-check clean
+.PHONY: help demo test test-slow coverage mutants lint bench docs release-check clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo           train a small GPT on text that this machine has (2 minutes)"
 	@echo "make test           run the tests but the slow ones; those: make test-slow"
+	@echo "make coverage       run them and list the lines of the library that none runs"
+	@echo "make mutants        change the library in small places: do the tests notice? (hours)"
 	@echo "make lint           ruff check, ruff format --check, pyright"
 	@echo "make bench          measure time, memory and accuracy; see benchmarks/README.md"
 	@echo "make docs           build the documentation into out/docs"
@@ -48,6 +52,14 @@ test: $(VENV)/.installed-test
 # The tests left out of `test`; .ci/nightly runs them.
 test-slow: $(VENV)/.installed-compiled
 	@$(python) -m pytest -m slow --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
+
+# sysmon costs next to nothing; Python has it from 3.12 on.
+coverage: $(VENV)/.installed-coverage
+	@COVERAGE_CORE=sysmon $(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 \
+		--cov --no-cov-on-fail $(PYTEST_ARGS)
+
+mutants: $(VENV)/.installed-mutation
+	@$(python) .ci/mutants $(MUTANTS_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "ruff check"
@@ -86,7 +98,7 @@ $(python):
 
 # Stamps. Each extra contains the one before, so installing it settles that one too.
 # They say nothing once the interpreter is gone.
-stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled docs)
+stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled coverage mutation docs)
 ifneq ($(shell test -x $(python) && echo yes),yes)
 .PHONY: $(stamps)
 endif
@@ -102,6 +114,14 @@ $(VENV)/.installed-test: pyproject.toml | $(python)
 # The tests, and the TPU's compiler for benchmarks/compiled.py and its test.
 $(VENV)/.installed-compiled: pyproject.toml | $(python)
 	$(call install,test$(comma)compiled)
+	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
+
+$(VENV)/.installed-coverage: pyproject.toml | $(python)
+	$(call install,coverage)
+	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
+
+$(VENV)/.installed-mutation: pyproject.toml | $(python)
+	$(call install,mutation)
 	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
 
 $(VENV)/.installed-docs: pyproject.toml | $(python)
