@@ -131,8 +131,7 @@ def unsplit(array: jax.Array, axes: Sequence[int]) -> jax.Array:
         The same array.
     """
     sharding = jax.typeof(array).sharding
-    spec = [_names_of(part) for part in sharding.spec] if sharding.spec else []
-    spec += [()] * (array.ndim - len(spec))
+    spec = [_names_of(part) for part in sharding.spec]
     moving = tuple(name for axis in axes for name in spec[axis])
     if not moving:
         return array

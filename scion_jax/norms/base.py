@@ -255,5 +255,5 @@ class Norm(abc.ABC):
         dtype = sizes[0].dtype
         if not math.prod(layout.shape):
             return jnp.zeros([], dtype)
-        largest = [jnp.max(size, initial=0) for size in sizes]
+        largest = [jnp.max(size) for size in sizes]
         return jnp.max(jnp.stack(largest)) / jnp.asarray(self.radius, dtype)

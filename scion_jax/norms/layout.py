@@ -193,7 +193,7 @@ def parse_layout(
                 f"cannot be {count} equal parts"
             )
         cuts.append((size,) if equal else parts)
-        repeats.append(count if equal and count > 1 else 1)
+        repeats.append(max(count, 1) if equal else 1)
     letters = [letter for letter, _ in terms]
     blocks = tuple(_axes(letters, sizes, repeats) for sizes in itertools.product(*cuts))
     return Layout(layout, tuple(shape), tuple(cuts), blocks)
