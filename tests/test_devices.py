@@ -313,6 +313,49 @@ def test_own_and_shared_leaves_inside_shard_map(kind, names, own_first):
         np.testing.assert_allclose(result, wanted, atol=1e-5)
 
 
+def test_inside_shard_map_over_some_axes_only():
+    """The others stay the types' own, and work is spread over them."""
+    norm = Spectral(orthogonalizer=EXACT)
+    ds = list(jax.random.normal(jax.random.key(0), (2, 8, 12)))
+    whole = PartitionSpec()
+    with jax.set_mesh(make("4x2", "Explicit")):
+        given = [jax.device_put(d, PartitionSpec("fsdp")) for d in ds]
+        mapped = jax.shard_map(
+            lambda ds: lmos_of(norm, ds), in_specs=whole, out_specs=whole, axis_names={"tensor"}
+        )
+        step = jax.jit(mapped).lower(given).compile()
+        assert "all-to-all" in [name for name, _ in collectives(step.as_text())]
+        results = step(given)
+    for result, d in zip(results, ds, strict=True):
+        np.testing.assert_allclose(result, norm.lmo(d), atol=1e-5)
+
+
+def test_two_mapped_devices_share_the_work():
+    whole = PartitionSpec()
+    mapped = jax.shard_map(
+        lambda ds: lmos_of(Spectral(), ds, ("tensor",)),
+        mesh=make("4x2", "Auto"),
+        in_specs=whole,
+        out_specs=whole,
+    )
+    assert "all_gather" in str(jax.make_jaxpr(mapped)([jnp.ones((8, 12))] * 2))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("layout", ["ioo", "iio", "sio"])
+def test_axes_that_become_one_may_be_split(layout):
+    """Each of them; matrices are still held once, and results split as their leaf is."""
+    norm = Spectral(layout=layout)
+    for axis in range(3):
+        spec = PartitionSpec(*("fsdp" if a == axis else None for a in range(3)))
+        there = NamedSharding(make("4x2", "Explicit"), spec)
+        with jax.set_mesh(there.mesh):
+            given = jax.ShapeDtypeStruct((4, 8, 12), jnp.float32, sharding=there)
+            (axes,) = norm.read(given.shape).blocks
+            assert "fsdp" in jax.eval_shape(axes.to_matrices, given).sharding.spec
+            assert jax.eval_shape(norm.lmo, given).sharding.spec == spec
+
+
 @pytest.mark.fast
 def test_orthogonalize_keeps_the_sharding():
     mesh = make("4x2", "Explicit")

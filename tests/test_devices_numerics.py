@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import scion_jax
 from meshes import collectives, compiled, lmos_of, make
-from scion_jax import Spectral
+from scion_jax import Spectral, numerics
 from test_orthogonalize import SPECTRA, with_spectrum
 
 pytestmark = pytest.mark.fast
@@ -42,6 +42,17 @@ def test_norms_of_split_leaves_whatever_the_scale(norm, kind):
             for array, wanted in zip(arrays, expected, strict=True):
                 result = lmo(jax.device_put(array, NamedSharding(mesh, spec)))
                 np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-37)
+
+
+def test_float64_in_one_reduction(x64):
+    """The same sums, whose ranges are wider there."""
+    d = np.random.default_rng(0).standard_normal((3, 40))
+    for scale in (1e-300, 1e-200, 1e-120, 1.0, 1e120, 1e200, 1e300):
+        for array in (d * scale, d * np.where(np.arange(40) % 2, scale, 1e-300)):
+            root, unit = numerics._in_one_pass(jnp.asarray(array), (1,))
+            largest = np.abs(array).max(1, keepdims=True)
+            expected = np.linalg.norm(array / largest, axis=1, keepdims=True) * largest
+            np.testing.assert_allclose(unit * root, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])

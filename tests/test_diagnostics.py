@@ -149,8 +149,9 @@ def test_constrained_pairing_is_the_frank_wolfe_gap(x64):
 
 def test_state_without_pairings_is_refused():
     x = tree(0, jnp.float32)
-    with pytest.raises(ValueError, match=r"has 0 fields `pairings`.*show_pairing=True"):
-        pairings(scion(0.1, NORMS, LABELS).init(x), x)
+    for build in (scion, unconstrained_scion):
+        with pytest.raises(ValueError, match=r"has 0 fields `pairings`.*show_pairing=True"):
+            pairings(build(0.1, NORMS, LABELS).init(x), x)
     state = scion(0.1, NORMS, LABELS, show_pairing=True).init(x)
     with pytest.raises(ValueError, match="of 3 leaves, but these parameters have 1"):
         pairings(state, x["head"])

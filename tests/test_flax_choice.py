@@ -1,5 +1,6 @@
 """Which norm a parameter of a Flax model gets, and what flax_norms refuses."""
 
+import concurrent.futures
 import subprocess
 import sys
 
@@ -155,13 +156,20 @@ def test_models_that_are_none():
         flax_norms(language(), TOKENS, last={})
 
 
-class Tied(nnx.Module):
+class Embeddings(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(12, 8, rngs=rngs)
         self.other = nnx.Embed(3, 8, rngs=rngs)
 
+
+class Tied(Embeddings):
     def __call__(self, tokens):
         return self.embed.attend(self.embed(tokens))
+
+
+class TiedInside(Embeddings):
+    def __call__(self, tokens):
+        return jax.vmap(lambda x: self.embed.attend(x))(self.embed(tokens))
 
 
 class TiedByReading(nnx.Module):
@@ -186,7 +194,7 @@ class Alias(nnx.Module):
         self.a_head = Head(self.embed.embedding)
 
 
-@pytest.mark.parametrize("make", [Tied, TiedByReading, Alias])
+@pytest.mark.parametrize("make", [Tied, TiedInside, TiedByReading, Alias])
 def test_tied_embeddings(make):
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     with pytest.raises(
@@ -345,6 +353,59 @@ def test_einsum_that_does_not_tell_is_named():
     model = nn.Einsum((4, 2, 3), "btd,dnh->nhbt")
     with pytest.raises(ValueError, match=r"'kernel' \(4, 2, 3\) of Einsum .*lead the result"):
         flax_norms(model, jax.ShapeDtypeStruct((2, 5, 4), jnp.float32), last={})
+    model = nnx.Einsum("btd,dnh->nhbt", (4, 2, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"'kernel' \(4, 2, 3\) of Einsum .*lead the result"):
+        flax_norms(model, last={})
+
+
+def test_what_is_stored_in_another_shape_than_it_is_made_in_is_named():
+    def turned(variables):
+        return jax.tree.map(jnp.transpose, variables)
+
+    linen = nn.map_variables(nn.Dense, "params", turned, turned, mutable=True, init=True)(3)
+    linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    linear.kernel = nnx.Param(linear.kernel[...].T)
+    for model, inputs in ((linen, [FEATURES]), (linear, [])):
+        message = r"'kernel' \(3, 4\) of .* \(its layer makes it of shape \(4, 3\)\)"
+        with pytest.raises(ValueError, match=message):
+            flax_norms(model, *inputs, last={})
+
+
+def test_gains_of_nnx_weight_norm():
+    layer = nnx.LinearGeneral(4, (2, 3), use_bias=False, rngs=nnx.Rngs(0))
+    model = nnx.WeightNorm(layer, feature_axes=(-2, -1), rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)  # before Flax 0.12.4 without the gains
+    norms, labels = flax_norms(model, last={})
+    found = jax.tree.leaves(labels(params))
+    assert sorted(found) == ["hidden ioo", "vectors oo"][: len(jax.tree.leaves(params))]
+    assert set(found) == norms.keys()
+
+
+class Named(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.features, name="own")(x)
+
+
+class Interrupted(Named):
+    """While it is read, another thread makes a model whose parameters have the same paths."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(self.features, name="own")(x)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            pool.submit(self.make_another).result()
+        return y
+
+    @staticmethod
+    def make_another():
+        return Named(5, parent=None).init(jax.random.key(0), jnp.ones((1, 2)))
+
+
+def test_other_threads_may_make_models():
+    assert flax_norms(Interrupted(3), FEATURES, last={})[0].keys() == {"vectors o", "hidden io"}
 
 
 def linen_params():

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import naive
-from scion_jax import Auto, Sign, Spectral, SpectralConv
+from scion_jax import Auto, BiasRMS, Sign, Spectral, SpectralConv
 from scion_jax.norms.layout import parse_layout
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
@@ -46,6 +47,16 @@ def test_view_agrees_with_the_naive_one_and_is_undone(letters, data):
         expected = expected.mT
     np.testing.assert_array_equal(matrices, expected)
     np.testing.assert_array_equal(axes.from_matrices(matrices), array)
+
+
+def test_auto_asks_the_norm_of_the_rank():
+    x = jnp.array([3.0, -4.0])
+    (axes,) = parse_layout(None, x.shape).blocks
+    for hook in ("unit_lmo", "unit_gauge", "unit_dual_norm"):
+        np.testing.assert_array_equal(
+            getattr(Auto(), hook)(x, axes), getattr(BiasRMS(), hook)(x, axes)
+        )
+    np.testing.assert_array_equal(Auto().unit_init(jax.random.key(0), axes), [0, 0])
 
 
 def test_scalar_view():

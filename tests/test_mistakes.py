@@ -11,8 +11,12 @@ import pytest
 from scion_jax import (
     Auto,
     BiasRMS,
+    ColNorm,
+    Euclidean,
+    RowNorm,
     Sign,
     Spectral,
+    SpectralConv,
     almond,
     average_gradients,
     clipped_scion,
@@ -92,6 +96,9 @@ def test_the_usual_momentum_is_warned_of():
     for build in OPTIMIZERS:
         with pytest.warns(UserWarning, match="write 0.05 for what others call 0.95"):
             build(0.1, momentum=0.95)
+    with pytest.warns(UserWarning, match="write 0.2 for what others call 0.8") as caught:
+        scion(0.1, momentum=0.8)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scion(0.1, momentum=1.0), scion(0.1, momentum=0.6)
@@ -109,8 +116,9 @@ def test_momentum_dtypes(dtype):
     [
         (lambda: Sign("50"), TypeError, "Sign: radius must be a number; got '50'"),
         (lambda: Sign(jnp.ones(3)), ValueError, "Sign: radius must be one number"),
+        (lambda: Sign(jnp.array(True)), TypeError, "radius must be a number; got an array of dt"),
         (lambda: Sign(jnp.float32(jnp.nan)), ValueError, "Sign: radius must be above 0"),
-        (lambda: Auto(vector_radius=0.0), ValueError, "Auto: vector_radius must be above 0"),
+        (lambda: Auto(vector_radius=0.0), ValueError, "vector_radius must be above 0 and finite"),
         (lambda: Sign(normalized=1), TypeError, "normalized is True or False"),
         (lambda: Sign(constrained="no"), TypeError, "constrained is True or False"),
         (lambda: Spectral(orthogonalizer="svd"), TypeError, r"NewtonSchulz\(…\) or ExactPolar"),
@@ -133,6 +141,34 @@ def test_momentum_dtypes(dtype):
 def test_hyperparameters(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+def test_every_norm_checks_its_radius_and_its_flags():
+    flags = {
+        Auto: (),
+        BiasRMS: (),
+        ColNorm: ("normalized",),
+        Euclidean: (),
+        RowNorm: ("normalized",),
+        Sign: ("normalized", "zero_init"),
+        Spectral: ("normalized", "max"),
+        SpectralConv: ("normalized", "max"),
+    }
+    for norm, names in flags.items():
+        with pytest.raises(ValueError, match=f"{norm.__name__}: radius must be above 0 and finite"):
+            norm(0.0)
+        for name in (*names, "constrained"):
+            with pytest.raises(TypeError, match=f"{norm.__name__}: {name} is True or False; got 0"):
+                norm(**{name: 0})
+
+
+def test_every_optimizer_checks_its_flags():
+    flags = {scion: "show_pairing", unconstrained_scion: "show_pairing"}
+    for build, name in (flags | {scion_light: "unconstrained"}).items():
+        with pytest.raises(TypeError, match=f"{name} is True or False; got 1"):
+            build(0.1, **{name: 1})
+    with pytest.raises(TypeError, match="check is True or False; got 1"):
+        init_params(jax.random.key(0), PARAMS, check=1)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +293,7 @@ def test_unused_rules_and_norms_are_warned_of(use):
         "norms['lsat'] is used by no leaf; the nearest path is 'a/bias'",
     ]
     assert [str(warning.message) for warning in caught] == expected
+    assert {warning.filename for warning in caught} == {__file__}
     assert list(describe(PARAMS, norms, labels).unused) == expected
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scion_jax import ExactPolar, NewtonSchulz, orthogonalize
-from scion_jax.distributed.bucketing import in_chunks, map_buckets
+from scion_jax.distributed.bucketing import in_chunks, map_buckets, split
 from scion_jax.distributed.spreading import polar_factors, spectral_norm_bounds
 from scion_jax.polar.coefficients import resolve
 
@@ -180,6 +180,15 @@ def test_one_call_per_shape_and_dtype():
     ]
     for batch, result in zip(batches, results, strict=True):
         np.testing.assert_array_equal(result, batch)
+
+
+def test_stacks_are_cut_where_they_were_joined():
+    stack = jnp.arange(24.0).reshape(6, 2, 2)
+    assert split(stack, [6])[0] is stack  # no work where there is none
+    for sizes in ([2], [2, 3], [1, 5]):  # what follows is left out
+        expected = np.split(stack, np.cumsum(sizes))[: len(sizes)]
+        for piece, wanted in zip(split(stack, sizes), expected, strict=True):
+            np.testing.assert_array_equal(piece, wanted)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 9])

@@ -14,7 +14,9 @@ from scion_jax import (
     Auto,
     BiasRMS,
     ColNorm,
+    Euclidean,
     ExactPolar,
+    RowNorm,
     Sign,
     Spectral,
     SpectralConv,
@@ -236,7 +238,12 @@ def test_describe():
         "head": gaussian((16, 10)),
         "qkv": gaussian((16, 32)),
         "layers": gaussian((5, 16, 64)),
+        "one": gaussian((7, 1)),
+        "row": gaussian((1, 10)),
+        "rows": gaussian((6, 10)),
         "scale": jnp.ones((5, 16)),
+        "slope": jnp.float32(0.25),
+        "whole": gaussian((6, 10)),
     }
     norms = {
         "conv": SpectralConv(8.0),
@@ -244,7 +251,12 @@ def test_describe():
         "head": Sign(160.0),
         "qkv": Spectral(3.0, layout="io[16,8,8]"),
         "layers": Spectral(2.0, layout="bio"),
+        "one": ColNorm(5.0),
+        "row": RowNorm(2.0),
+        "rows": RowNorm(3.0),
         "scale": BiasRMS(layout="bo"),
+        "slope": BiasRMS(2.0),
+        "whole": Euclidean(4.0),
     }
     labels = {name: name for name in params}
     table = describe(params, norms, labels)

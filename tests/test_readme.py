@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import scion_jax
-from scion_jax import Spectral, clipped_scion
+from scion_jax import Spectral, clipped_scion, describe
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
@@ -74,3 +74,4 @@ def test_own_norm():
     optimizer = clipped_scion(0.1, norm, rho=1.0, short_step=True)
     updates, _ = optimizer.update(d, optimizer.init(params), params)
     assert updates.shape == d.shape
+    assert str(describe(params, norm)).endswith("–")  # it does not say how long its steps are
