@@ -125,7 +125,6 @@ class MeshRoute:
             mesh=self.mesh,
             in_specs=(spec,),
             out_specs=spec,
-            axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes),
         )(list(stacks))
 
     def _stages(self, stack: jax.Array) -> list[PartitionSpec]:
