@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
@@ -51,7 +50,7 @@ def find_route(
         )
     # Axes that matrices are split over come last, so that these move a share only.
     specs = [part for stack in stacks for part in jax.typeof(stack).sharding.spec]
-    split_over = {name for part in specs for name in _names_of(part)}
+    split_over = {name for part in specs for name in sharding.names_of(part)}
     ordered = sorted(chosen, key=lambda name: name in split_over)
     route = MeshRoute(mesh, tuple(name for name in ordered if mesh.shape[name] > 1))
     return route if route.devices > 1 else None
@@ -136,7 +135,8 @@ class MeshRoute:
         stages = [PartitionSpec(*spec)]
         for count in range(1, len(self.names) + 1):
             there = self.names[:count]
-            rest = (tuple(n for n in _names_of(part) if n not in there) for part in spec[1:])
+            parts = [sharding.names_of(part) for part in spec[1:]]
+            rest = [tuple(name for name in part if name not in there) for part in parts]
             stages.append(PartitionSpec(there, *(part or None for part in rest)))
         stages.append(PartitionSpec(self.names, *(None,) * (stack.ndim - 1)))
         return stages
@@ -148,12 +148,6 @@ class MeshRoute:
             PartitionSpec(self.names[:count] or None, *free) for count in range(len(self.names))
         ]
         return [*partial, PartitionSpec(self.names, *(None,) * (stack.ndim - 1))]
-
-
-def _names_of(part: Any) -> tuple[str, ...]:
-    if part is None:
-        return ()
-    return (part,) if isinstance(part, str) else tuple(part)
 
 
 @dataclasses.dataclass(frozen=True)

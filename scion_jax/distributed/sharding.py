@@ -131,7 +131,7 @@ def unsplit(array: jax.Array, axes: Sequence[int]) -> jax.Array:
         The same array.
     """
     sharding = jax.typeof(array).sharding
-    spec = [_names_of(part) for part in sharding.spec]
+    spec = [names_of(part) for part in sharding.spec]
     moving = tuple(name for axis in axes for name in spec[axis])
     if not moving:
         return array
@@ -164,7 +164,8 @@ def reshape(array: jax.Array, shape: Sequence[int], origins: Sequence[int | None
     return jax.lax.reshape(array, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
-def _names_of(part: str | Sequence[str] | None) -> tuple[str, ...]:
+def names_of(part: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the names of the mesh axes in a part of a `PartitionSpec`."""
     if part is None:
         return ()
     return (part,) if isinstance(part, str) else tuple(part)
