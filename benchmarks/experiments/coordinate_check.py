@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             panel.set_title(f"{factor}, {moment}", fontsize="medium")
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
+            panel.set_ylim(1 / 8, 2)  # wide, so that what is flat looks flat
             panel.set_xlabel("width")
             panel.legend()
     pictures.save(figure, options.out.with_suffix(".png"))
