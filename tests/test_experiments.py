@@ -18,6 +18,7 @@ import boundedness
 import clipping
 import clipping_digits
 import coordinate_check
+import output_layers
 import precision
 import records
 import steps_to_loss
@@ -124,6 +125,7 @@ def test_steps_on_a_curve_are_read_off(monkeypatch):
         (transfer.main, ["--depth"], ["depth.png"], "| muon | 16 | 2^-5 | 1.0"),
         (steps_to_loss.main, [], ["runs.png"], "steps to adamw's loss"),
         (batch_size.main, [], ["runs.png"], "| muon | 512 |"),
+        (output_layers.main, [], ["runs.png"], "| RowNorm | 512 | 2^-5 |"),
         (precision.main, [], ["runs.png"], "| SVD, float32 | 2^-5 |"),
         (
             clipping.main,
