@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from scion_jax import Auto, NewtonSchulz, scion, scion_light, unconstrained_scion
+from scion_jax.optimizers import light
 
 pytestmark = pytest.mark.fast
 
@@ -99,6 +100,24 @@ def test_small_gradients_add_up_between_steps():
     state, _ = jax.jit(lambda state: jax.lax.scan(call, state, length=1000))(state)
     added = state.gradient_sum.astype(jnp.float32) - large
     assert abs(float(added.mean()) - 1000 * 2.0**-11) < 0.05
+
+
+@pytest.mark.parametrize("every_k", [1, 2, 3])
+def test_no_two_calls_in_a_row_round_by_the_same_hash(every_k, monkeypatch):
+    def store(array, dtype, call):
+        calls.append(int(call))
+        return array.astype(dtype)
+
+    calls = []
+    monkeypatch.setattr(light, "store", store)
+    optimizer = scion_light(0.1, Auto(), every_k=every_k)
+    params = {"bias": tree(0)["bias"]}
+    state = optimizer.init(params)
+    with jax.disable_jit():  # so that each call is seen as a number
+        for _ in range(7):
+            _, state = optimizer.update(params, state, params)
+    assert len(calls) >= 7
+    assert (np.diff(calls) != 0).all()
 
 
 def test_traced_every_k():

@@ -18,19 +18,9 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from clipping import PAIRS, compare
-from optimizers import Contestant
+from optimizers import Contestant, clipped_and_not
 from records import Records, make_parser
-from scion_jax import (
-    Norm,
-    Sign,
-    Spectral,
-    clipped_scion,
-    flax_norms,
-    scaled_relu,
-    scion,
-    unconstrained_clipped_scion,
-    unconstrained_scion,
-)
+from scion_jax import Norm, Sign, Spectral, flax_norms, scaled_relu
 from training import Setting, Task
 
 HELD_OUT = 360  # of 1,797 digits
@@ -83,22 +73,7 @@ def contestants() -> dict[str, Contestant]:
     """Returns the optimizers by name; the constrained ones have eight times the room."""
     large, labels = norms(8.0)
     small, _ = norms(1.0)
-    return {
-        "scion": Contestant(
-            lambda rate, rho: scion(rate, large, labels, show_pairing=True), -10, large
-        ),
-        "unconstrained_scion": Contestant(
-            lambda rate, rho: unconstrained_scion(rate, small, labels, show_pairing=True),
-            -8,
-            small,
-        ),
-        "clipped_scion": Contestant(
-            lambda rate, rho: clipped_scion(rate, large, labels, rho=rho), -10, large
-        ),
-        "unconstrained_clipped_scion": Contestant(
-            lambda rate, rho: unconstrained_clipped_scion(rate, small, labels, rho=rho), -8, small
-        ),
-    }
+    return clipped_and_not(large, small, labels)
 
 
 def norms(radius: float) -> tuple[dict[str, Norm], Any]:

@@ -6,6 +6,7 @@ lies is an optimizer's own, since a learning rate of 0.01 means little to one an
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import optax
 from jax.typing import ArrayLike
@@ -69,23 +70,32 @@ def _muon(rate: optax.Schedule, rho: ArrayLike) -> optax.GradientTransformation:
     return optax.multi_transform({"embedding": adam, "hidden": muon(rate), "head": adam}, LABELS)
 
 
+def clipped_and_not(
+    constrained: Mapping[str, Norm], unconstrained: Mapping[str, Norm], labels: Any
+) -> dict[str, Contestant]:
+    """Returns Scion, constrained and not, clipped and not; each keeps its pairing."""
+    return {
+        "scion": Contestant(
+            lambda rate, rho: scion(rate, constrained, labels, show_pairing=True), -10, constrained
+        ),
+        "unconstrained_scion": Contestant(
+            lambda rate, rho: unconstrained_scion(rate, unconstrained, labels, show_pairing=True),
+            -8,
+            unconstrained,
+        ),
+        "clipped_scion": Contestant(
+            lambda rate, rho: clipped_scion(rate, constrained, labels, rho=rho), -10, constrained
+        ),
+        "unconstrained_clipped_scion": Contestant(
+            lambda rate, rho: unconstrained_clipped_scion(rate, unconstrained, labels, rho=rho),
+            -8,
+            unconstrained,
+        ),
+    }
+
+
 CONTESTANTS: dict[str, Contestant] = {
-    "scion": Contestant(
-        lambda rate, rho: scion(rate, CONSTRAINED, LABELS, show_pairing=True), -10, CONSTRAINED
-    ),
-    "unconstrained_scion": Contestant(
-        lambda rate, rho: unconstrained_scion(rate, UNCONSTRAINED, LABELS, show_pairing=True),
-        -8,
-        UNCONSTRAINED,
-    ),
-    "clipped_scion": Contestant(
-        lambda rate, rho: clipped_scion(rate, CONSTRAINED, LABELS, rho=rho), -10, CONSTRAINED
-    ),
-    "unconstrained_clipped_scion": Contestant(
-        lambda rate, rho: unconstrained_clipped_scion(rate, UNCONSTRAINED, LABELS, rho=rho),
-        -8,
-        UNCONSTRAINED,
-    ),
+    **clipped_and_not(CONSTRAINED, UNCONSTRAINED, LABELS),
     "scion_light": Contestant(
         lambda rate, rho: scion_light(rate, CONSTRAINED, LABELS), -10, CONSTRAINED
     ),

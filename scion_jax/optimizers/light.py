@@ -161,5 +161,5 @@ def _add(g: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def _stored(gradient_sum: Any, state: ScionLightState) -> Any:
-    calls = state.count + state.gathered  # differs from the last call's, which is all `store` needs
-    return jax.tree.map(lambda g, G: store(g, G.dtype, calls), gradient_sum, state.gradient_sum)
+    call = state.count + (state.gathered << 16)  # differs from the last call's, for any `every_k`
+    return jax.tree.map(lambda g, G: store(g, G.dtype, call), gradient_sum, state.gradient_sum)
