@@ -48,13 +48,14 @@ def values(model):
 def test_digits_turned(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "read_task", functools.cache(finetune.read_task))
     saved = tmp_path / "base.npz"
-    short = ["--width", "32", "--rank", "8", "--steps", "150", "--learning-rate", "0.06"]
+    # This rate gives 0.86 to 0.89 however numbers are rounded; 0.06 gave 0.64 to 0.83.
+    short = ["--width", "32", "--rank", "8", "--steps", "150", "--learning-rate", "0.03"]
     finetune.main([*short, "--save-base", str(saved)])
     shown = capsys.readouterr().out
     result = shown.splitlines()[-1]
     before, after, old = map(float, re.findall(r"0\.\d+", result))
     assert before < 0.4
-    assert after > 0.7
+    assert after > 0.8
     assert old > 0.8
     trained, total = (784 + 32 + 32 + 32) * 8, (784 + 1) * 32 + (32 + 1) * 32 + (32 + 1) * 10
     assert f"trained {trained:,} of {trained + total:,} parameters" in result
