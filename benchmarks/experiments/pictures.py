@@ -27,14 +27,17 @@ COLORS = {
 def panels(
     count: int, title: str, width: float = 4.2, sharey: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """Starts a picture of some panels side by side."""
+    """Starts a picture of some panels, in rows that can be read on a page of text."""
+    columns = 3 if count == 3 else min(count, 2)
+    rows = -(-count // columns)
+    size = (min(width * columns, 9), 3.4 * rows)
     figure, axes = pyplot.subplots(
-        1, count, figsize=(width * count, 3.8), sharey=sharey, squeeze=False, layout="constrained"
+        rows, columns, figsize=size, sharey=sharey, squeeze=False, layout="constrained"
     )
     figure.suptitle(title)
-    for panel in axes[0]:
+    for panel in axes.flat:
         panel.grid(alpha=0.3)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def shades(count: int) -> list[object]:

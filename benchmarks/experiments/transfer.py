@@ -82,7 +82,7 @@ def draw(tuned: Mapping[str, Mapping[int, Tuned]], varied: str, path: Path) -> N
             pictures.draw_grid(panel, run.grid, run.losses, f"{varied} {size}", color)
         panel.set_title(f"{name}: best moves by $2^{{{moved(found):+d}}}$")
         panel.legend()
-    axes[0].set_ylabel("validation loss (nats per byte)")
+    figure.supylabel("validation loss (nats)", fontsize="medium")
     pictures.save(figure, path)
 
 
