@@ -148,6 +148,25 @@ def change(before, after, around=24):
     return " → ".join(f"`{text}`" for text in texts) if before != after else ""
 
 
+def spans(module, line):
+    """Lists the lines of the statement at a line, less those inside it, and of its definition."""
+    definition = range(0)
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):  # outer ones come first
+        if isinstance(node, ast.stmt) and line in _lines(node):
+            statement = node
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                definition = _lines(node)
+    body = getattr(statement, "body", None)
+    inside = _lines(body[0]).start if body else statement.end_lineno + 1
+    return range(_lines(statement).start, inside), definition
+
+
+def _lines(node):
+    decorators = getattr(node, "decorator_list", [])
+    first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+    return range(first, node.end_lineno + 1)
+
+
 def _common(x, y):
     """Counts the lines, or the letters, in which two agree from their start on."""
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(x, y, strict=False))))
