@@ -112,6 +112,7 @@ def test_spectral_norm_bound(rows):
         bound = jnp.concatenate(spectral_norm_bounds(batches))
         assert np.all(bound >= exact * (1 - 1e-5))
         assert np.all(bound <= exact * rows ** (1 / 256) * (1 + 1e-5))
+        np.testing.assert_allclose(bound[1], rows ** (1 / 256), rtol=1e-5)
 
 
 MATRICES = [(8, 12), (12, 8), (4, 4), (0, 3)]

@@ -106,6 +106,13 @@ def test_last_is_required_and_candidates_are_listed():
         flax_norms(LinenLanguage(), TOKENS)
     with pytest.raises(TypeError, match=r"one of: 'embed/embedding' \(12, 8\) of Embed"):
         flax_norms(LinenLanguage(tied=True), TOKENS)
+    for count, more in ((8, ""), (11, ", and 3 more")):
+        deep = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(count)))
+        with pytest.raises(TypeError, match=r"one of: 'layers/\d+/kernel'") as error:
+            flax_norms(deep)
+        assert str(error.value).count("of Linear") == 8
+        assert ("more" in str(error.value)) == bool(more)
+        assert more in str(error.value)
 
 
 @pytest.mark.parametrize(

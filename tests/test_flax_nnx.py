@@ -73,6 +73,15 @@ class Two(nnx.Module):
         self.sequence = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.PReLU())
 
 
+class Behind(nnx.Module):
+    """A stack that does not come first, beside layers of its own that are in none."""
+
+    def __init__(self, rngs, axis):
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.layers = nnx_stack(lambda r: nnx.Linear(4, 3, rngs=r), 4, axis)(rngs)
+        self.square = nnx.Linear(4, 4, rngs=rngs)
+
+
 class Gated(nnx.Module):
     def __init__(self, rngs):
         self.cell = nnx.OptimizedLSTMCell(3, 3, rngs=rngs)
@@ -173,6 +182,15 @@ NNX = {
     "ambiguous stack": (nnx_stack(Block, 16), block(stack)),
     # But here the kernels of two sizes and the gates tell.
     "stack in axis 1": (nnx_stack(Block, 16, axis=1), block(lambda view: stack_at(1, view))),
+    "stack behind other layers": (
+        lambda r: Behind(r, 1),
+        {
+            **under("first", LINEAR),
+            "layers/kernel": stack_at(1, dense),
+            "layers/bias": stack_at(1, vector),
+            **under("square", LINEAR),
+        },
+    ),
     "stack of stacks": (
         nnx_stack(nnx_stack(lambda r: nnx.Linear(4, 4, rngs=r), 4), 4),
         {"kernel": stack(stack(dense)), "bias": stack(stack(vector))},

@@ -142,6 +142,10 @@ def test_each_platform_gets_its_own():
     assert "stablehlo.while" in cpus
     assert "stablehlo.while" not in tpus
     assert tpus.count("stablehlo.dot_general") == 7 + 3 + 3  # of a pair of steps, and of two
+    # In float32 a loop around the steps after the first, where they are groups of one.
+    method = NewtonSchulz(compute_dtype=jnp.float32)
+    x = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
+    assert lowered(method, "tpu").count("stablehlo.while") == 1
 
 
 @pytest.mark.parametrize("shape", [(96, 32), (64, 64), (3, 32, 96)])

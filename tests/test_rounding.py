@@ -1,5 +1,7 @@
 """Stochastic rounding: unbiased, repeatable, and nothing that was finite is lost."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,18 @@ def test_finite_stays_finite_and_nothing_else_does(dtype):
     expected = [largest, -largest, largest, np.inf, -np.inf, np.nan]
     stored = store_often(x, dtype, 16)
     np.testing.assert_array_equal(as_float64(stored), np.broadcast_to(expected, (16, 6)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(jnp.bfloat16, "8a66f80df3527972"), (jnp.float16, "cf8b0c63a3357c1a")],
+)
+def test_roundings_never_change(dtype, expected):
+    """A run that is resumed with another version of this library goes on as it would have."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(4096), jnp.float32)
+    stored = store_often(x, dtype, 4)
+    bits = np.asarray(jax.lax.bitcast_convert_type(stored, jnp.uint16))
+    assert hashlib.sha256(bits.astype("<u2").tobytes()).hexdigest()[:16] == expected
 
 
 def test_wider_dtypes_are_cast(x64):

@@ -17,7 +17,7 @@ from scion_jax.reading_flax.layouts import Shape
 
 Path = tuple[Any, ...]
 Inner = tuple[int | None, ...]
-# For each vmap, from the innermost outwards, the axis that it adds; as `out_axes` says it.
+# For each vmap, from the innermost outwards, the axis that it adds; -1 for one at the end.
 Insertions = tuple[int, ...]
 
 _STACK = re.compile(r"layer|stack|block|scan|repeat|depth|stage|expert|ensemble|vmap", re.I)
@@ -129,7 +129,7 @@ def _place(way: Insertions, rank: int) -> tuple[int, ...]:
     """Finds where inserted axes end up."""
     is_stack = [False] * rank
     for axis in way:
-        is_stack.insert(axis if axis >= 0 else axis + len(is_stack) + 1, True)
+        is_stack.insert(axis if axis >= 0 else len(is_stack), True)
     return tuple(axis for axis, inserted in enumerate(is_stack) if inserted)
 
 
@@ -139,7 +139,7 @@ def _ways(inner: Inner, shape: Shape) -> dict[Insertions, Shape]:
     places = set(layouts.placements(inner, shape))
     found = {}
     for way in itertools.product(range(-1, 5), repeat=count):
-        if all(-rank - 1 <= axis <= rank for rank, axis in enumerate(way, start=len(inner))):
+        if all(axis <= rank for rank, axis in enumerate(way, start=len(inner))):
             axes = _place(way, len(inner))
             if axes in places:
                 found[way] = tuple(shape[axis] for axis in axes)
