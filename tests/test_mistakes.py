@@ -93,12 +93,13 @@ def test_momenta(momentum, error, message):
 
 
 def test_the_usual_momentum_is_warned_of():
-    for build in OPTIMIZERS:
-        with pytest.warns(UserWarning, match="write 0.05 for what others call 0.95"):
+    builds = [*OPTIMIZERS, lambda lr, momentum: average_gradients(momentum)]
+    for build in builds:
+        with pytest.warns(UserWarning, match="write 0.05 for what others call 0.95") as caught:
             build(0.1, momentum=0.95)
-    with pytest.warns(UserWarning, match="write 0.2 for what others call 0.8") as caught:
+        assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match="write 0.2 for what others call 0.8"):
         scion(0.1, momentum=0.8)
-    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scion(0.1, momentum=1.0), scion(0.1, momentum=0.6)
