@@ -206,8 +206,9 @@ def test_tied_embeddings(make):
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     with pytest.raises(
         ValueError, match=r"(?s)tied to another layer.*last=.*Sign.*rules=.*ColNorm"
-    ):
+    ) as error:
         flax_norms(model, last={})
+    assert ("(also 'embed/embedding')" in str(error.value)) == (make is Alias)
     for pattern in ("^embed", "a_head") if make is Alias else ("^embed",):
         norms, labels = flax_norms(model, last={pattern: Sign(3.0)})
         tied = {norm for norm in norms.values() if isinstance(norm, Sign)}

@@ -212,7 +212,8 @@ def test_kept_leaves_can_be_checked():
     params = {"kernel": jnp.zeros((4, 6)), "scale": jnp.full(6, 1.5)}
     with pytest.raises(ValueError, match=r"outside of their balls.*'scale' \(1.5 times"):
         init_params(jax.random.key(0), params, check=True)
-    init_params(jax.random.key(0), params, Auto(vector_radius=2.0), check=True)
+    for radius in (1.5, 2.0):
+        init_params(jax.random.key(0), params, Auto(vector_radius=radius), check=True)
     init_params(jax.random.key(0), params, Auto(constrained=False), check=True)
 
 

@@ -138,7 +138,7 @@ def _ways(inner: Inner, shape: Shape) -> dict[Insertions, Shape]:
     count = len(shape) - len(inner)
     places = set(layouts.placements(inner, shape))
     found = {}
-    for way in itertools.product(range(-1, 5), repeat=count):
+    for way in itertools.product(range(-1, len(shape)), repeat=count):
         if all(axis <= rank for rank, axis in enumerate(way, start=len(inner))):
             axes = _place(way, len(inner))
             if axes in places:
