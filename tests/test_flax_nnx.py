@@ -35,7 +35,7 @@ class Block(nnx.Module):
         self.down = nnx.LoRALinear(2 * width, width, lora_rank=2, rngs=rngs)
         self.heads = nnx.Einsum("btd,ndh->btnh", (2, width, 8), (2, 8), rngs=rngs)
         self.depthwise = nnx.Conv(width, width, 3, feature_group_count=width, rngs=rngs)
-        self.gain = Gain(width)
+        self.own = Gain(width)
 
 
 class Gain(nnx.Module):
@@ -60,7 +60,7 @@ def block(wrap):
         "heads/bias": wrap(vector),
         "depthwise/kernel": (wrap(gates(16)), 3),
         "depthwise/bias": wrap(vector),
-        "gain/scale": wrap(vector),
+        "own/scale": wrap(vector),
     }
 
 
@@ -85,6 +85,7 @@ class Behind(nnx.Module):
 class Gated(nnx.Module):
     def __init__(self, rngs):
         self.cell = nnx.OptimizedLSTMCell(3, 3, rngs=rngs)
+        self.own = Gain(3)
         self.slope = nnx.PReLU()
 
 
@@ -195,10 +196,15 @@ NNX = {
         nnx_stack(nnx_stack(lambda r: nnx.Linear(4, 4, rngs=r), 4), 4),
         {"kernel": stack(stack(dense)), "bias": stack(stack(vector))},
     ),
+    "stack of stacks of scalars": (
+        nnx_stack(nnx_stack(lambda _: nnx.PReLU(), 3), 2),
+        {"negative_slope": stack(stack(vector))},
+    ),
     "stack in a module": (
         Two,
         {
             **{f"blocks/cell/{path}": stack(view) for path, view in CELL.items()},
+            "blocks/own/scale": stack(vector),
             "blocks/slope/negative_slope": stack(vector),
             **{f"layers/{i}/{n}": v for i in (0, 1) for n, v in LINEAR.items()},
             **under("sequence/layers/0", LINEAR),

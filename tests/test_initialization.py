@@ -120,3 +120,6 @@ def test_activation_values():
         scaled_gelu(x, approximate=False), np.sqrt(2) * jax.nn.gelu(x, approximate=False)
     )
     np.testing.assert_allclose(scaled_gelu(x), np.sqrt(2) * jax.nn.gelu(x, approximate=True))
+    for activation in (scaled_relu, scaled_gelu, scaled_relu_squared):
+        with pytest.raises(TypeError, match="x is an array of a floating dtype; got"):
+            activation(jnp.arange(3))

@@ -172,6 +172,15 @@ def test_parts_of_axes_that_devices_hold_in_other_pieces(layout, spec):
 
 
 @pytest.mark.fast
+def test_axes_without_parts_stay_split_over_devices():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    d = jax.device_put(gaussian((16, 24)), NamedSharding(mesh, PartitionSpec("x", None)))
+    for layout in ("io[3]", "io[8,4,12]"):
+        for piece in Spectral(layout=layout).read(d.shape).split(d):
+            assert jax.typeof(piece).sharding.spec[0] == "x"
+
+
+@pytest.mark.fast
 def test_merged_axes_that_are_split_over_devices():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     d = gaussian((8, 4, 8))
@@ -200,6 +209,19 @@ def test_vectors_keep_what_the_model_gave_them():
     np.testing.assert_allclose(Spectral(3.0).gauge(started["kernel"]), 1, atol=1e-5)
     jax.tree.map(lambda x: x.delete(), started)  # as donating does
     assert float(params["scale"][0]) == 1.5
+
+
+def test_convolutions_are_read_by_their_rank_and_need_a_window():
+    row = describe({"w": gaussian((2, 3, 4, 5))}, SpectralConv()).rows[0]
+    assert (row.layout, row.matrices) == ("ssio", "6·4 → 5")
+    with pytest.raises(ValueError, match=r"leaf 'w' of shape \(2, 3\) has no window axis 's'"):
+        describe({"w": gaussian((2, 3))}, SpectralConv())
+
+
+@pytest.mark.parametrize("norm", [Auto(), Sign(), ColNorm(), RowNorm(), BiasRMS(), Euclidean()])
+def test_empty_arrays_can_be_described(norm):
+    for shape in [(0, 0), (0, 3), (3, 0), (0,)]:
+        assert describe({"w": gaussian(shape)}, norm).rows[0].shape == shape
 
 
 def test_shapes_of_gains_are_not_enough():
@@ -287,3 +309,4 @@ def test_describe():
     shapes = jax.eval_shape(lambda: params)
     assert describe(shapes, norms, labels) == table
     assert describe({"b": jnp.ones(3)}).rows[0].label is None
+    assert describe({"w": jnp.ones((1, 1))}).rows[0].step_rms == 1

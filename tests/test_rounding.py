@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scion_jax.rounding import store
+from scion_jax.rounding import _power_of_two, store
 
 pytestmark = pytest.mark.fast
 
@@ -70,6 +70,12 @@ def test_roundings_never_change(dtype, expected):
     stored = store_often(x, dtype, 4)
     bits = np.asarray(jax.lax.bitcast_convert_type(stored, jnp.uint16))
     assert hashlib.sha256(bits.astype("<u2").tobytes()).hexdigest()[:16] == expected
+
+
+def test_powers_of_two():
+    x = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    expected = 2.0 ** np.floor(np.log2(np.abs(x)))
+    np.testing.assert_array_equal(_power_of_two(jnp.asarray(x)), expected)
 
 
 def test_wider_dtypes_are_cast(x64):

@@ -76,12 +76,12 @@ class Stacks:
 
     def _agreed(self, path: Path, ways: dict[Insertions, Shape]) -> dict[Insertions, Shape]:
         """Keeps the ways of stacking that suit the other parameters of the stack, too."""
-        for length in range(len(path) - 1, -1, -1):
+        for length in range(len(path), -1, -1):
             for other, inner in self._inner.items():
                 if other[:length] != path[:length] or other == path:
                     continue
                 shape = self.shapes[other]
-                if len(shape) == len(inner):
+                if len(shape) <= len(inner):
                     return ways  # we have left the stack
                 theirs = _ways(inner, shape)
                 both = {way: sizes for way, sizes in ways.items() if theirs.get(way) == sizes}
@@ -107,14 +107,14 @@ class Stacks:
         shape = self.shapes[path]
         extra = self._depth_of_surroundings(path)
         if len(shape) < 2:
-            return () if extra and len(shape) == extra else (None,) * len(shape)
+            return () if len(shape) == extra else (None,) * len(shape)
         if len(shape) == extra + 1 and layouts.GAIN.search(str(path[-1])):
             return (None,)
         return None
 
     def _depth_of_surroundings(self, path: Path) -> int:
         """Counts the axes of the stack that all known parameters nearby are in."""
-        for length in range(len(path) - 1, -1, -1):
+        for length in range(len(path), -1, -1):
             near = [
                 len(self.shapes[other]) - len(inner)
                 for other, inner in self._inner.items()
