@@ -8,6 +8,7 @@ there; of what it returns later only the type is looked at.
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import warnings
@@ -128,8 +129,17 @@ def check_momentum(momentum: object, dtype: DTypeLike | None) -> None:
         warnings.warn(
             f"momentum is 1 minus the usual momentum, and {momentum} forgets almost everything at "
             f"every step; write {1 - momentum:.3g} for what others call {momentum}",
-            stacklevel=4,
+            stacklevel=level_of_the_caller(),
         )
+
+
+def level_of_the_caller() -> int:
+    """Counts the frames from a `warnings.warn` to the first that is not of this package."""
+    package = __name__.partition(".")[0]
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"].partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    return level  # the frame that warns is level 1, and this one lies beneath it
 
 
 def check_whole(name: str, value: object) -> None:

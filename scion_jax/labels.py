@@ -196,4 +196,4 @@ def _paths(tree: Any) -> list[str]:
 
 
 def _begins(path: str, start: str) -> bool:
-    return not start or path == start or path.startswith(start + "/")
+    return path == start or path.startswith(start + "/")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from scion_jax import numerics
+from scion_jax.hyperparameters import level_of_the_caller
 from scion_jax.labels import (
     ModelLabels,
     PathLabels,
@@ -163,10 +164,10 @@ def unused(tree: Any, norms: Norms, param_labels: Any) -> list[str]:
     return sentences
 
 
-def warn_of_unused(tree: Any, norms: Norms, param_labels: Any, stacklevel: int = 3) -> None:
+def warn_of_unused(tree: Any, norms: Norms, param_labels: Any) -> None:
     """Warns of what `unused` finds: a misspelt pattern leaves its layers to another norm."""
     for sentence in unused(tree, norms, param_labels):
-        warnings.warn(sentence, UserWarning, stacklevel=stacklevel)
+        warnings.warn(sentence, UserWarning, stacklevel=level_of_the_caller())
 
 
 def _hint(text: str, paths: Sequence[str]) -> str:

@@ -39,6 +39,14 @@ def test_products_do_not_grow_with_depth(dtype, square, rectangular):
     assert compiled[0] == compiled[1]
 
 
+def test_nothing_is_padded_on_one_device():
+    for count in (1, 3):
+        d = jnp.ones((count, 16, 32))
+        text = jax.jit(Spectral(layout="bio").lmo).lower(d).as_text()
+        assert f"tensor<{count}x16x32xf32>" in text
+        assert f"tensor<{count + 1}x" not in text
+
+
 def test_long_stacks_go_through_a_loop():
     """Chunks bound temporary memory, and are traced once however many there are."""
     method = NewtonSchulz(chunk_bytes=2 * 32 * 32 * 4)

@@ -236,6 +236,44 @@ def test_two_collectives_per_stack(optimizer, kind):
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
+    ("shapes", "spec", "wanted"),
+    [
+        ({"a": (1, 16, 16)}, PartitionSpec(None, "fsdp"), ["all-gather"]),
+        ({"a": (8, 16, 16), "b": (3, 16, 16)}, PartitionSpec(None, "fsdp"), ["all-to-all"] * 2),
+        ({"a": (8, 16, 16), "b": (8, 16, 16)}, PartitionSpec("fsdp"), []),
+    ],
+    ids=["a stack of one", "stacks of different lengths", "stacks split along themselves"],
+)
+def test_how_stacked_layers_travel(shapes, spec, wanted):
+    optimizer = scion_jax.scion(0.1, Spectral(layout="bio"))
+    found = collectives(compiled(optimizer, shapes, make("8", "Explicit"), spec))
+    assert [name for name, _ in found] == wanted
+
+
+@pytest.mark.fast
+def test_a_stack_split_along_itself_over_some_of_the_devices():
+    """Four matrices on four devices, which are padded to eight."""
+    norm = Spectral(layout="bio", orthogonalizer=EXACT)
+    d = jax.random.normal(jax.random.key(0), (4, 8, 4))
+    mesh = make("4x2", "Explicit")
+    with jax.set_mesh(mesh):
+        given = jax.device_put(d, NamedSharding(mesh, PartitionSpec("fsdp")))
+        (result,) = jax.jit(lambda d: lmos_of(norm, [d]))(given)
+        assert result.sharding.is_equivalent_to(given.sharding, 3)
+    np.testing.assert_allclose(result, norm.lmo(d), atol=1e-5)
+
+
+@pytest.mark.fast
+def test_arrays_on_an_explicit_mesh_that_is_not_in_force():
+    """Their types say all that is needed."""
+    there = NamedSharding(make("8", "Explicit"), PartitionSpec("fsdp"))
+    ds = [jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=there)] * 2
+    text = jax.jit(lambda ds: lmos_of(Spectral(), ds)).lower(ds).compile().as_text()
+    assert [name for name, _ in collectives(text)] == ["all-to-all"] * 2
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
     ("optimizer", "kind"), [*((name, "Explicit") for name in OPTIMIZERS), ("scion", "Auto")]
 )
 def test_nothing_is_spread_where_that_is_turned_off(optimizer, kind):
@@ -357,6 +395,19 @@ def test_axes_that_become_one_may_be_split(layout):
 
 
 @pytest.mark.fast
+def test_stack_rows_and_columns_may_be_split_at_once():
+    norm = Spectral(layout="biioo")
+    spec = PartitionSpec("fsdp", "tensor", None, "data", None)
+    there = NamedSharding(make("2x2x2", "Explicit"), spec)
+    with jax.set_mesh(there.mesh):
+        given = jax.ShapeDtypeStruct((2, 2, 3, 2, 5), jnp.float32, sharding=there)
+        (axes,) = norm.read(given.shape).blocks
+        matrices = jax.eval_shape(axes.to_matrices, given)
+        assert matrices.sharding.spec == PartitionSpec("fsdp", "tensor", "data")
+        assert jax.eval_shape(norm.lmo, given).sharding.spec == spec
+
+
+@pytest.mark.fast
 def test_orthogonalize_keeps_the_sharding():
     mesh = make("4x2", "Explicit")
     with jax.set_mesh(mesh):
@@ -387,6 +438,14 @@ def test_one_small_reduction_per_label(norm, most, kind):
         found = collectives(compiled(optimizer, BLOCKS, mesh, specs))
         assert len(found) <= most
         assert all(name == "all-reduce" for name, _ in found)
+
+
+@pytest.mark.fast
+def test_one_reduction_for_vectors_without_a_whole_axis():
+    shapes = {"a": (16,), "b": (16,)}
+    optimizer = scion_jax.scion(0.1, scion_jax.BiasRMS())
+    found = collectives(compiled(optimizer, shapes, make("8", "Explicit"), PartitionSpec("fsdp")))
+    assert [name for name, _ in found] == ["all-reduce"]
 
 
 @pytest.mark.fast

@@ -12,11 +12,13 @@ from scion_jax import (
     ExactPolar,
     Sign,
     Spectral,
+    clip_by_pairing,
     dual_norm,
     frank_wolfe_gap,
     gauge_bounds,
     gauges,
     init_params,
+    measure_pairing,
     pairings,
     scion,
     unconstrained_scion,
@@ -145,6 +147,21 @@ def test_constrained_pairing_is_the_frank_wolfe_gap(x64):
     wanted, _ = plain.update(d, plain.init(x), x)
     for one, other in zip(*map(jax.tree.leaves, (updates, wanted)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
+def test_pairings_with_a_transformation_that_takes_nothing_more():
+    """Some take no extra arguments, which other stages of a chain may need."""
+    d = {"a": jnp.array([3.0, 4.0])}
+    halve = optax.GradientTransformation(
+        lambda params: optax.EmptyState(),
+        lambda updates, state, params=None: (jax.tree.map(lambda u: u / 2, updates), state),
+    )
+    measured = measure_pairing(halve)
+    _, state = measured.update(d, measured.init(d), d, value=1.0)
+    assert state.pairing == 12.5
+    clipped = clip_by_pairing(halve, 25.0)
+    updates, _ = clipped.update(d, clipped.init(d), d, value=1.0)
+    np.testing.assert_allclose(updates["a"], [0.75, 1.0])
 
 
 def test_state_without_pairings_is_refused():

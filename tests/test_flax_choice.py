@@ -106,6 +106,13 @@ def test_last_is_required_and_candidates_are_listed():
         flax_norms(LinenLanguage(), TOKENS)
     with pytest.raises(TypeError, match=r"one of: 'embed/embedding' \(12, 8\) of Embed"):
         flax_norms(LinenLanguage(tied=True), TOKENS)
+    for count, more in ((8, ""), (11, ", and 3 more")):
+        deep = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(count)))
+        with pytest.raises(TypeError, match=r"one of: 'layers/\d+/kernel'") as error:
+            flax_norms(deep)
+        assert str(error.value).count("of Linear") == 8
+        assert ("more" in str(error.value)) == bool(more)
+        assert more in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +199,7 @@ class Alias(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(12, 8, rngs=rngs)
         self.a_head = Head(self.embed.embedding)
+        self.hidden = nnx.Linear(8, 8, rngs=rngs)
 
 
 @pytest.mark.parametrize("make", [Tied, TiedInside, TiedByReading, Alias])
@@ -199,8 +207,10 @@ def test_tied_embeddings(make):
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     with pytest.raises(
         ValueError, match=r"(?s)tied to another layer.*last=.*Sign.*rules=.*ColNorm"
-    ):
+    ) as error:
         flax_norms(model, last={})
+    also = "'a_head/table' (12, 8) of Head (also 'embed/embedding')"
+    assert (also in str(error.value)) == (make is Alias)
     for pattern in ("^embed", "a_head") if make is Alias else ("^embed",):
         norms, labels = flax_norms(model, last={pattern: Sign(3.0)})
         tied = {norm for norm in norms.values() if isinstance(norm, Sign)}
@@ -208,6 +218,52 @@ def test_tied_embeddings(make):
         norms, _ = flax_norms(model, last={}, rules={pattern: ColNorm(2.0)})
         assert ColNorm(2.0, layout="io") in norms.values()
         labels(nnx.state(model, nnx.Param))
+
+
+class Mixed(nnx.Module):
+    def __init__(self, rngs):
+        self.plain = Embeddings(rngs)
+        self.read = TiedByReading(rngs)
+        self.tied = Tied(rngs)
+
+
+def test_embeddings_of_other_modules_are_not_tied():
+    model = nnx.eval_shape(lambda: Mixed(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"(?s)'read/embed/.*'tied/embed/") as error:
+        flax_norms(model, last={})
+    assert "plain" not in str(error.value)
+    norms, labels = flax_norms(model, last={"^(read|tied)/embed": Sign()})
+    found = chosen(norms, labels, pure(model))
+    assert {path for path, norm in found.items() if norm == ColNorm(layout="io")} == {
+        "plain/embed/embedding",
+        "plain/other/embedding",
+        "tied/other/embedding",
+    }
+
+
+class Shared(nnx.Module):
+    """An embedding that is also a kernel, and a part of a cell that has another path, too."""
+
+    def __init__(self, rngs):
+        self.a_head = nnx.Linear(8, 8, rngs=rngs)
+        self.embed = nnx.Embed(8, 8, rngs=rngs)
+        self.a_head.kernel = self.embed.embedding
+        self.cell = nnx.GRUCell(8, 8, rngs=rngs)
+        self.an_input = self.cell.dense_i
+        self.own = nnx.Linear(8, 8, rngs=rngs)
+
+
+def test_what_has_several_paths_gets_what_the_one_who_knows_best_says():
+    model = nnx.eval_shape(lambda: Shared(nnx.Rngs(0)))
+    _, labels = flax_norms(model, last={"a_head": Sign()})
+    assert {path: label for path, _, label in labels.leaves if "bias" not in path} == {
+        "a_head/kernel": "last 'a_head' oi",
+        "embed/embedding": "last 'a_head' oi",
+        "an_input/kernel": "hidden io[3]",
+        "cell/dense_i/kernel": "hidden io[3]",
+        "cell/dense_h/kernel": "hidden io[3]",
+        "own/kernel": "hidden io",
+    }
 
 
 def test_tied_embeddings_of_linen():
@@ -241,10 +297,56 @@ def test_matrices_of_unknown_modules_need_rules_with_layouts():
     assert labels.start_of("w") is None
 
 
+def test_unknown_matrices_in_stacks_say_so():
+    with pytest.raises(ValueError, match=r"'w' \(4, 8\) of Own: "):
+        flax_norms(Own(), FEATURES, last={})
+    own = nn.vmap(Own, {"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
+    with pytest.raises(ValueError, match=r"'w' \(3, 4, 8\) of \w*Own \(a stack of \(4, 8\)\): "):
+        flax_norms(own(), FEATURES, last={})
+
+
+class ByVariable(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        w = self.variable("params", "w", jnp.ones, (4, 8)).value
+        return x @ w + self.variable("params", "b", jnp.zeros, (8,)).value
+
+
+def test_parameters_that_are_made_as_variables():
+    with pytest.raises(ValueError, match=r"'w' \(4, 8\) of a module"):
+        flax_norms(ByVariable(), FEATURES, last={})
+    norms, labels = flax_norms(ByVariable(), FEATURES, last={}, rules={"w": Spectral(layout="io")})
+    assert labels({"w": jnp.ones((4, 8)), "b": jnp.ones(8)}) == {"w": "'w' io", "b": "vectors o"}
+    assert set(norms) == {"'w' io", "vectors o"}
+
+
+class Gains(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.param("table", nn.initializers.ones, (4, 8))
+        self.param("scale", nn.initializers.ones, (4, 8))
+        return x
+
+
+class InBias(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Gains(name="bias")(x)
+
+
+def test_names_of_gains_suggest_vectors_but_do_not_decide():
+    model = InBias()
+    with pytest.raises(ValueError, match="Flax's own layers do not tell") as error:
+        flax_norms(model, FEATURES, last={})
+    assert "{'^bias/table$': Spectral(" in str(error.value)
+    assert "{'^bias/scale$': BiasRMS(" in str(error.value)
+
+
 class Stranger(nnx.Module):
     def __init__(self, rngs):
         self.table = nnx.Param(jax.random.normal(rngs(), (4, 8)))
-        self.gain = nnx.Param(jnp.ones(8))
+        self.shift = nnx.Param(jnp.ones(8))
+        self.order = nnx.Param(jnp.arange(32).reshape(4, 8))  # not trained
 
 
 def test_unknown_matrices_of_nnx():
@@ -313,6 +415,51 @@ def test_stack_whose_axis_remains_open():
     assert {norm.layout for norm in norms.values()} == {"iob", "ob"}
 
 
+class Scaled(nnx.Linear):
+    def __init__(self, rngs):
+        super().__init__(4, 3, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(3))
+        self.slope = nnx.Param(jnp.ones(()))
+
+
+class Partial(nnx.Module):
+    """A stack beside layers that are in none, one of them flat, and gains of one's own."""
+
+    def __init__(self, rngs, flat=False):
+        @nnx.split_rngs(splits=4)
+        @nnx.vmap
+        def make(rngs):
+            return Scaled(rngs)
+
+        self.a_layer = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+        self.layers = make(rngs)
+        if flat:
+            self.a_layer.kernel = nnx.Param(self.a_layer.kernel[...].reshape(-1))
+        else:
+            self.scale = nnx.Param(jnp.ones((4, 3)))
+
+
+def test_gains_of_unknown_layers_in_stacks_are_told_by_their_own_surroundings():
+    model = nnx.eval_shape(lambda: Partial(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r":\n  'scale' \(4, 3\) of Partial: .*BiasRMS") as error:
+        flax_norms(model, last={})
+    assert "layers/scale" not in str(error.value)
+    _, labels = flax_norms(model, last={}, rules={"^scale": BiasRMS(layout="oo")})
+    assert labels(pure(model))["layers"] == {
+        "kernel": "hidden bio",
+        "bias": "vectors bo",
+        "scale": "vectors bo",
+        "slope": "vectors o[4]",
+    }
+
+
+def test_stacks_beside_what_has_lost_axes():
+    rules = {"a_layer": Spectral(layout="o[16]")}
+    model = nnx.eval_shape(lambda: Partial(nnx.Rngs(0), flat=True))
+    _, labels = flax_norms(model, last={}, rules=rules)
+    assert ("layers/kernel", (4, 4, 3), "hidden bio") in labels.leaves
+
+
 @pytest.mark.parametrize(
     ("equation", "kernel", "bias"),
     [
@@ -323,6 +470,7 @@ def test_stack_whose_axis_remains_open():
         ("ecd,edf->ecf", "bio", "bo"),
         ("...d,df->...f", "io", "o"),
         ("d,df->f", "io", "o"),
+        ("d,dnh->nh", "ioo", "oo"),
         ("btd,dh->hbt", "io", "o"),
         ("btd,d->btd", "o", "o"),
         ("btd,d->bt", "o", ""),
@@ -365,20 +513,32 @@ def test_what_is_stored_in_another_shape_than_it_is_made_in_is_named():
     linen = nn.map_variables(nn.Dense, "params", turned, turned, mutable=True, init=True)(3)
     linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     linear.kernel = nnx.Param(linear.kernel[...].T)
-    for model, inputs in ((linen, [FEATURES]), (linear, [])):
-        message = r"'kernel' \(3, 4\) of .* \(its layer makes it of shape \(4, 3\)\)"
+    flat = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    flat.kernel = nnx.Param(flat.kernel[...].reshape(-1))
+    for model, inputs, shape in (
+        (linen, [FEATURES], r"\(3, 4\)"),
+        (linear, [], r"\(3, 4\)"),
+        (flat, [], r"\(12,\)"),
+    ):
+        message = rf"'kernel' {shape} of .* \(its layer makes it of shape \(4, 3\)\)"
         with pytest.raises(ValueError, match=message):
             flax_norms(model, *inputs, last={})
 
 
-def test_gains_of_nnx_weight_norm():
-    layer = nnx.LinearGeneral(4, (2, 3), use_bias=False, rngs=nnx.Rngs(0))
-    model = nnx.WeightNorm(layer, feature_axes=(-2, -1), rngs=nnx.Rngs(0))
-    params = nnx.state(model, nnx.Param)  # before Flax 0.12.4 without the gains
-    norms, labels = flax_norms(model, last={})
-    found = jax.tree.leaves(labels(params))
-    assert sorted(found) == ["hidden ioo", "vectors oo"][: len(jax.tree.leaves(params))]
-    assert set(found) == norms.keys()
+@pytest.mark.parametrize(
+    ("features", "axes", "layouts"),
+    [((2, 3), (-2, -1), ("ioo", "oo")), (3, -1, ("io", "o"))],
+)
+def test_gains_of_nnx_weight_norm(features, axes, layouts):
+    layer = nnx.LinearGeneral(4, features, use_bias=False, rngs=nnx.Rngs(0))
+    norm = nnx.WeightNorm(layer, feature_axes=axes, rngs=nnx.Rngs(0))
+    for model in (norm, nnx.Sequential(norm)):
+        params = nnx.state(model, nnx.Param)  # before Flax 0.12.4 without the gains
+        norms, labels = flax_norms(model, last={})
+        found = jax.tree.leaves(labels(params))
+        both = [f"hidden {layouts[0]}", f"vectors {layouts[1]}"]
+        assert sorted(found) == both[: len(jax.tree.leaves(params))]
+        assert set(found) == norms.keys()
 
 
 class Named(nn.Module):
@@ -450,6 +610,7 @@ def test_labels_are_hashable_and_equal_if_they_label_equally():
     one, two = (flax_norms(LinenLanguage(), TOKENS, last={})[1] for _ in range(2))
     assert one == two
     assert hash(one) == hash(two)
+    assert repr(one) == repr(two)
     assert one != flax_norms(LinenLanguage(), TOKENS, last={"head": Sign()})[1]
 
 
@@ -530,7 +691,7 @@ class LowRank(nn.Module):
     def __call__(self, x):
         a = nn.Dense(2, use_bias=False, name="lora_a")(x)
         b = nn.Dense(4, False, kernel_init=nn.initializers.zeros_init(), name="lora_b")(a)
-        gain = self.param("gain", nn.initializers.constant(0.5), (4,))
+        gain = self.param("gain", nn.initializers.constant(0.5), shape=(4,), unbox=True)
         return nn.Dense(4, bias_init=nn.initializers.ones)(x) * gain + b
 
 

@@ -58,8 +58,9 @@ def layer(wrap):
     }
 
 
-def scan(module, axis, length=3):
-    return nn.scan(module, {"params": axis}, split_rngs={"params": True}, length=length)
+def scan(module, axis, length=3, **options):
+    split = {"params": True}
+    return nn.scan(module, {"params": axis}, split_rngs=split, length=length, **options)
 
 
 LSTM = {f"cell/i{gate}/kernel": dense for gate in "ifgo"}
@@ -111,6 +112,27 @@ class Square(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         return nn.Dense(x.shape[-1])(x), None
+
+
+class Boxed(nn.Module):
+    """Boxes, one of which the layer opens itself."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        ones = nn.with_partitioning(nn.initializers.ones, ("embed",))
+        gain = self.param("gain", ones, x.shape[-1:], unbox=False)
+        return nn.Dense(x.shape[-1], kernel_init=BOXED)(x * gain.value), None
+
+
+class Twice(nn.Module):
+    """Calls the same layers twice."""
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        layers = scan(Square, self.axis, 16)(name="layers")
+        return layers(layers(x)[0])[0]
 
 
 class Experts(nn.Module):
@@ -168,6 +190,11 @@ LINEN = {
     ),
     "conv": (nn.Conv(8, (3, 3)), IMAGE, {"kernel": (merge, 9), "bias": vector}),
     "conv 1d": (nn.Conv(8, (3,)), SEQUENCE, {"kernel": (merge, 3), "bias": vector}),
+    "conv that is called like a gate": (
+        nn.Conv(8, (3,), name="ih"),
+        SEQUENCE,
+        {"kernel": (merge, 3), "bias": vector},
+    ),
     "grouped conv": (
         nn.Conv(8, (3, 3), feature_group_count=2),
         IMAGE,
@@ -246,6 +273,26 @@ LINEN = {
         SEQUENCE,
         {"Dense_0/kernel": stack_at(1, dense), "Dense_0/bias": stack_at(1, vector)},
     ),
+    "scanned, boxed": (
+        scan(Boxed, 1, 16, metadata_params={nn.PARTITION_NAME: "layers"})(),
+        SEQUENCE,
+        {
+            "gain": stack_at(1, vector),
+            "Dense_0/kernel": stack_at(1, dense),
+            "Dense_0/bias": stack_at(1, vector),
+        },
+    ),
+    **{
+        f"scanned twice in axis {axis}": (
+            Twice(axis),
+            SEQUENCE,
+            {
+                "layers/Dense_0/kernel": stack_at(axis, dense),
+                "layers/Dense_0/bias": stack_at(axis, vector),
+            },
+        )
+        for axis in (0, -1, -2)
+    },
     "two vmaps": (
         vmap(vmap(nn.Dense, 1), 0)(4),
         jax.ShapeDtypeStruct((4, 4, 4), jnp.float32),

@@ -35,7 +35,7 @@ class Block(nnx.Module):
         self.down = nnx.LoRALinear(2 * width, width, lora_rank=2, rngs=rngs)
         self.heads = nnx.Einsum("btd,ndh->btnh", (2, width, 8), (2, 8), rngs=rngs)
         self.depthwise = nnx.Conv(width, width, 3, feature_group_count=width, rngs=rngs)
-        self.gain = Gain(width)
+        self.own = Gain(width)
 
 
 class Gain(nnx.Module):
@@ -60,7 +60,7 @@ def block(wrap):
         "heads/bias": wrap(vector),
         "depthwise/kernel": (wrap(gates(16)), 3),
         "depthwise/bias": wrap(vector),
-        "gain/scale": wrap(vector),
+        "own/scale": wrap(vector),
     }
 
 
@@ -73,9 +73,19 @@ class Two(nnx.Module):
         self.sequence = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.PReLU())
 
 
+class Behind(nnx.Module):
+    """A stack that does not come first, beside layers of its own that are in none."""
+
+    def __init__(self, rngs, axis):
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.layers = nnx_stack(lambda r: nnx.Linear(4, 3, rngs=r), 4, axis)(rngs)
+        self.square = nnx.Linear(4, 4, rngs=rngs)
+
+
 class Gated(nnx.Module):
     def __init__(self, rngs):
         self.cell = nnx.OptimizedLSTMCell(3, 3, rngs=rngs)
+        self.own = Gain(3)
         self.slope = nnx.PReLU()
 
 
@@ -173,14 +183,28 @@ NNX = {
     "ambiguous stack": (nnx_stack(Block, 16), block(stack)),
     # But here the kernels of two sizes and the gates tell.
     "stack in axis 1": (nnx_stack(Block, 16, axis=1), block(lambda view: stack_at(1, view))),
+    "stack behind other layers": (
+        lambda r: Behind(r, 1),
+        {
+            **under("first", LINEAR),
+            "layers/kernel": stack_at(1, dense),
+            "layers/bias": stack_at(1, vector),
+            **under("square", LINEAR),
+        },
+    ),
     "stack of stacks": (
         nnx_stack(nnx_stack(lambda r: nnx.Linear(4, 4, rngs=r), 4), 4),
         {"kernel": stack(stack(dense)), "bias": stack(stack(vector))},
+    ),
+    "stack of stacks of scalars": (
+        nnx_stack(nnx_stack(lambda _: nnx.PReLU(), 3), 2),
+        {"negative_slope": stack(stack(vector))},
     ),
     "stack in a module": (
         Two,
         {
             **{f"blocks/cell/{path}": stack(view) for path, view in CELL.items()},
+            "blocks/own/scale": stack(vector),
             "blocks/slope/negative_slope": stack(vector),
             **{f"layers/{i}/{n}": v for i in (0, 1) for n, v in LINEAR.items()},
             **under("sequence/layers/0", LINEAR),

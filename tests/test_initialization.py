@@ -89,6 +89,15 @@ def test_sharding_is_kept(kind):
 def test_errors_name_the_leaf():
     with pytest.raises(ValueError, match=r"'conv' of shape \(3, 4, 5\)"):
         init_params(jax.random.key(0), {"conv": jnp.zeros((3, 4, 5))})
+    leaves = {"conv": jnp.zeros((3, 4, 5)), "a": {"bias": jnp.zeros((2, 3))}}
+    for norm, name in ((Auto(), "Spectral"), (ColNorm(), "ColNorm")):
+        with pytest.raises(ValueError, match="no axis is guessed") as error:
+            init_params(jax.random.key(0), leaves, norm)
+        assert f'norms = {{"conv": {name}(layout="…"), …}}' in str(error.value)
+        assert 'norms = {"a_bias": BiasRMS(layout="bo"), …}' in str(error.value)
+    shapes = {name: jax.ShapeDtypeStruct((4,), jnp.float32) for name in "ac"}
+    with pytest.raises(ValueError, match="how the model starts 'a', 'c'"):
+        init_params(jax.random.key(0), shapes | {"b": jnp.zeros((2, 3))})
     with pytest.raises(TypeError, match="leaf 'step'"):
         init_params(jax.random.key(0), {"step": jnp.int32(0)})
 
@@ -110,3 +119,7 @@ def test_activation_values():
     np.testing.assert_allclose(
         scaled_gelu(x, approximate=False), np.sqrt(2) * jax.nn.gelu(x, approximate=False)
     )
+    np.testing.assert_allclose(scaled_gelu(x), np.sqrt(2) * jax.nn.gelu(x, approximate=True))
+    for activation in (scaled_relu, scaled_gelu, scaled_relu_squared):
+        with pytest.raises(TypeError, match="x is an array of a floating dtype; got"):
+            activation(jnp.arange(3))

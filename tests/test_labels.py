@@ -99,6 +99,11 @@ def test_a_label_without_a_norm_is_named_with_its_leaf():
         init_params(jax.random.key(0), PARAMS, NORMS, labels)
 
 
+def test_a_function_of_labels_takes_the_tree():
+    with pytest.raises(TypeError, match=r"calling it with the parameters failed \(.*argument"):
+        resolve(PARAMS, NORMS, lambda: LABELS)
+
+
 def test_a_norm_or_rule_that_no_leaf_uses_is_warned_of_once():
     optimizer = optax.masked(
         scion(0.1, NORMS, label_by_path(RULES)),

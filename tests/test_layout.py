@@ -1,5 +1,6 @@
 """Layouts: the matrix view, its inverse, the defaults and the errors."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import naive
-from scion_jax import Auto, BiasRMS, Sign, Spectral, SpectralConv
+from scion_jax import Auto, BiasRMS, ExactPolar, Sign, Spectral, SpectralConv
 from scion_jax.norms.layout import parse_layout
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
@@ -57,6 +58,11 @@ def test_auto_asks_the_norm_of_the_rank():
             getattr(Auto(), hook)(x, axes), getattr(BiasRMS(), hook)(x, axes)
         )
     np.testing.assert_array_equal(Auto().unit_init(jax.random.key(0), axes), [0, 0])
+    told = Auto(2.0, vector_radius=3.0, constrained=False, orthogonalizer=ExactPolar())
+    assert told.resolve(1) == BiasRMS(3.0, constrained=False)
+    assert told.resolve(2) == Spectral(2.0, constrained=False, orthogonalizer=ExactPolar())
+    stacked = dataclasses.replace(told, layout="bo")
+    assert stacked.resolve(2) == BiasRMS(3.0, layout="bo", constrained=False)
 
 
 def test_scalar_view():

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from scion_jax import Auto, NewtonSchulz, scion, scion_light, unconstrained_scion
+from scion_jax import Auto, Euclidean, NewtonSchulz, scion, scion_light, unconstrained_scion
 from scion_jax.optimizers import light
 
 pytestmark = pytest.mark.fast
@@ -78,7 +78,7 @@ def test_full_momentum_forgets():
 
 def test_momentum_schedule_and_bfloat16_buffer():
     optimizer = scion_light(
-        0.1, Auto(), momentum=optax.constant_schedule(0.5), momentum_dtype=jnp.bfloat16
+        0.1, Euclidean(), momentum=optax.constant_schedule(0.5), momentum_dtype=jnp.bfloat16
     )
     params = tree(0)
     gradients = tree(1, jnp.bfloat16)  # halves of which are bfloat16 too, so nothing is rounded
@@ -86,6 +86,9 @@ def test_momentum_schedule_and_bfloat16_buffer():
     assert state.gradient_sum["kernel"].dtype == jnp.bfloat16
     assert updates["kernel"].dtype == jnp.float32
     np.testing.assert_array_equal(state.gradient_sum["kernel"], gradients["kernel"] / 2)
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    same, _ = optimizer.update(wide, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["kernel"], same["kernel"])
 
 
 def test_small_gradients_add_up_between_steps():
@@ -100,6 +103,14 @@ def test_small_gradients_add_up_between_steps():
     state, _ = jax.jit(lambda state: jax.lax.scan(call, state, length=1000))(state)
     added = state.gradient_sum.astype(jnp.float32) - large
     assert abs(float(added.mean()) - 1000 * 2.0**-11) < 0.05
+
+
+def test_a_step_at_every_call_takes_no_conditional():
+    x = {"bias": tree(0)["bias"]}
+    for every_k in (1, 2):
+        optimizer = scion_light(0.1, Euclidean(), every_k=every_k)
+        text = str(jax.make_jaxpr(optimizer.update)(x, optimizer.init(x), x))
+        assert ("cond[" in text) == (every_k > 1)
 
 
 @pytest.mark.parametrize("every_k", [1, 2, 3])
@@ -131,6 +142,7 @@ def test_traced_every_k():
     ("options", "message"),
     [
         ({"every_k": 0}, "every_k must be at least 1"),
+        ({"every_k": 2**31}, "every_k must be .* at most 2.1"),
         ({"every_k": 1.5}, "every_k must be a whole number"),
         ({"momentum": 0.0}, "momentum .* must be above 0 and at most 1"),
     ],
@@ -138,3 +150,10 @@ def test_traced_every_k():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         scion_light(0.1, **options)
+
+
+def test_gradients_of_another_tree():
+    optimizer = scion_light(0.1, Euclidean(), unconstrained=True)
+    state = optimizer.init(tree(0))
+    with pytest.raises(ValueError, match=r"the gradients .* the sum in the state"):
+        optimizer.update({"bias": tree(0)["bias"]}, state)

@@ -42,6 +42,7 @@ OPTIMIZERS = [
     lambda lr, *args, **kwargs: unconstrained_clipped_scion(lr, *args, rho=1.0, **kwargs),
 ]
 PARAMS = {"a": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
+KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,18 @@ def test_learning_rates(learning_rate, error, message):
     for build in OPTIMIZERS:
         with pytest.raises(error, match=message):
             build(learning_rate)
+
+
+def test_what_a_schedule_raises_comes_through_and_says_whose_it_is():
+    def broken(count):
+        raise OSError("no table of rates")
+
+    for build in OPTIMIZERS:
+        with pytest.raises(OSError, match="no table of rates") as caught:
+            build(broken)
+        assert caught.value.__notes__ == [
+            "This is of learning_rate: the schedule broken was given a count."
+        ]
 
 
 def test_a_constrained_step_goes_at_most_all_the_way():
@@ -93,12 +106,13 @@ def test_momenta(momentum, error, message):
 
 
 def test_the_usual_momentum_is_warned_of():
-    for build in OPTIMIZERS:
-        with pytest.warns(UserWarning, match="write 0.05 for what others call 0.95"):
+    builds = [*OPTIMIZERS, lambda lr, momentum: average_gradients(momentum)]
+    for build in builds:
+        with pytest.warns(UserWarning, match="write 0.05 for what others call 0.95") as caught:
             build(0.1, momentum=0.95)
-    with pytest.warns(UserWarning, match="write 0.2 for what others call 0.8") as caught:
+        assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match="write 0.2 for what others call 0.8"):
         scion(0.1, momentum=0.8)
-    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scion(0.1, momentum=1.0), scion(0.1, momentum=0.6)
@@ -134,6 +148,9 @@ def test_momentum_dtypes(dtype):
         (lambda: scion_light(0.1, every_k="2"), TypeError, "every_k must be a number"),
         (lambda: scion_light(0.1, every_k=1.5), ValueError, "every_k must be a whole number"),
         (lambda: scion(0.1, shard_over=4), TypeError, "shard_over"),
+        (lambda: Sign().init(0, (2, 3)), TypeError, "key is one PRNG key, .*; got 0"),
+        (lambda: Sign().init(KEY, (2, -1)), TypeError, r"shape is a tuple of .*; got \(2, -1\)"),
+        (lambda: Sign().init(KEY, (2, 3), "int8"), TypeError, "dtype must be a floating dtype"),
         (lambda: label_by_path({"a": "b"}), TypeError, "a list of pairs"),
         (lambda: label_by_path("ab"), TypeError, "a list of pairs"),
     ],
@@ -176,6 +193,7 @@ def test_every_optimizer_checks_its_flags():
     [
         (3.0, r"leaf 'x' is 3.0, which is no array; make it one"),
         (jax.nn.relu, r"leaf 'x' is .*, which is no array.*eqx.filter"),
+        (jnp.float32, r"leaf 'x' is .*float32.*, which is no array"),
         (jnp.int32(3), "leaf 'x'.*int32.*wrt="),
         (jnp.ones((2, 2), jnp.float8_e4m3fn), "leaf 'x'.*float8_e4m3fn"),
         (jnp.ones((2, 2), jnp.complex64), "leaf 'x'.*complex64"),
@@ -234,9 +252,9 @@ def test_gradients_that_do_not_fit(gradients, message):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"a": {"kernel": "x"}}, "leaf 'a/bias' has no label"),
+        ({"a": {"kernel": "x"}}, "fit the tree: leaf 'a/bias' has no label; give"),
         ({"a": {"kernel": "x", "bias": None}}, "leaf 'a/bias' has no label"),
-        ({"a": "x", "b": "x"}, "the label at 'b' has no leaf"),
+        ({"a": "x", "b": "x"}, "fit the tree: the label at 'b' has no leaf; give"),
         ({"a": {"kernel": "x", "bias": "y"}}, "leaf 'a/bias' has the label 'y'"),
         (lambda tree: None, "has no label"),
     ],

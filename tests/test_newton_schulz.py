@@ -13,6 +13,7 @@ from scion_jax import NewtonSchulz, orthogonalize
 from scion_jax.polar import cpu
 from scion_jax.polar.coefficients import resolve
 from scion_jax.polar.newton_schulz import Products, flops, groups, newton_schulz
+from scion_jax.polar.spectral_bound import spectral_norm_bound
 
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
@@ -91,6 +92,26 @@ def test_dtypes_of_products():
     assert "HIGHEST" in lowered(FLOAT32)
 
 
+def test_shifts_of_zero_take_no_time():
+    """In float32 nothing is added to a wide matrix; only products, and divisions by norms."""
+
+    def additions(dtype):
+        def iterate(x):
+            return newton_schulz(x, resolve("minimax", None), 4, Products(dtype))
+
+        return str(jax.make_jaxpr(iterate)(jnp.ones((2, 8, 32)))).count("f32[2,8,32] = add")
+
+    assert (additions(FLOAT32), additions(BFLOAT16)) == (0, 3)
+
+
+@pytest.mark.parametrize("shape", [(8, 48, 48), (8, 9, 40)])
+def test_shifts_spare_bfloat16_most_of_its_rounding(shape):
+    """Without any, or with others, singular values rise to 1.002 and more."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    iterate = jax.jit(lambda x: newton_schulz(x, resolve("minimax", None), 4, Products(BFLOAT16)))
+    assert np.linalg.norm(iterate(x), 2, axis=(1, 2)).max() <= 1.0013
+
+
 def test_choices_are_made_late(x64):
     """Neither steps nor norm of one set survive in another."""
     method = dataclasses.replace(NewtonSchulz(), coefficients="quintic")
@@ -130,6 +151,20 @@ def test_processors(tmp_path, monkeypatch):
         assert cpu.default_dtype(BFLOAT16) == (BFLOAT16 if fast else FLOAT32)
 
 
+@pytest.mark.parametrize(
+    ("compute", "fast", "expected"),
+    [(None, False, "f32"), (None, True, "bf16"), (BFLOAT16, False, "bf16")],
+)
+def test_cpus_that_are_slow_in_bfloat16_take_float32_unless_told(
+    compute, fast, expected, monkeypatch
+):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: fast)
+    method = NewtonSchulz(compute_dtype=compute, chunk_bytes=12345)  # that nothing has traced yet
+    text = jax.jit(lambda x: orthogonalize(x, method)).lower(jnp.ones((3 + fast, 5))).as_text()
+    factors = re.findall(r"dot_general.*\(tensor<[\dx]*(b?f\d+)>, tensor<[\dx]*(b?f\d+)>\)", text)
+    assert set(factors) == {(expected, expected)}
+
+
 def test_each_platform_gets_its_own():
     """Chosen when lowered: nothing of the CPU's is in a TPU's program."""
     x = jax.ShapeDtypeStruct((2, 32, 64), jnp.float32)
@@ -142,6 +177,25 @@ def test_each_platform_gets_its_own():
     assert "stablehlo.while" in cpus
     assert "stablehlo.while" not in tpus
     assert tpus.count("stablehlo.dot_general") == 7 + 3 + 3  # of a pair of steps, and of two
+    # In float32 a loop around the steps after the first, where they are groups of one.
+    method = NewtonSchulz(compute_dtype=jnp.float32)
+    x = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
+    assert lowered(method, "tpu").count("stablehlo.while") == 1
+
+
+@pytest.mark.parametrize(("platform", "chunk", "whole"), [("cpu", 2, 16), ("tpu", 256, 1024)])
+@pytest.mark.parametrize("bounds", [False, True])
+def test_sizes_of_chunks(platform, chunk, whole, bounds):
+    """2 MiB and 256 MiB, here of matrices of 1 MiB."""
+    method = NewtonSchulz(compute_dtype=jnp.float32)
+    function = spectral_norm_bound if bounds else lambda x: orthogonalize(x, method)
+
+    def batches(count):
+        traced = jax.jit(function).trace(jax.ShapeDtypeStruct((count, 128, 2048), jnp.float32))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return set(re.findall(r"dot_general.*-> tensor<(\d+)x", text))
+
+    assert batches(chunk) == batches(whole) == {str(chunk)}
 
 
 @pytest.mark.parametrize("shape", [(96, 32), (64, 64), (3, 32, 96)])

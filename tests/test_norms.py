@@ -23,6 +23,7 @@ from scion_jax import (
     Sign,
     Spectral,
     SpectralConv,
+    numerics,
 )
 from scion_jax.norms.leaves import Leaf, gauge_bounds, lmos
 
@@ -189,6 +190,7 @@ def test_zero_gives_zero(x64, name, options, dtype):
     for layout, shape in [
         arrays_for(name)[0],
         ("bsio", (0, 2, 3, 4)),
+        ("sio", (0, 2, 3)),
         ("sio", (2, 0, 3)),
         ("sio", (2, 3, 0)),
     ]:
@@ -275,10 +277,25 @@ def test_sizes_neither_overflow_nor_vanish(name, options, scale):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 36), ("float64", 300)])
+def test_lengths_at_every_scale(x64, dtype, most):
+    """Of whole arrays, and in the one reduction over devices that split arrays need."""
+    x = gaussian(40)
+    scales = 10.0 ** np.arange(-most, most + 1, most // 12)
+    arrays = jnp.asarray(x * scales[:, None], dtype)
+    root, unit = numerics._in_one_pass(arrays, (1,))
+    assert float(numerics.vector_norms([jnp.zeros(0, dtype)])[0]) == 0
+    for lengths in (numerics.vector_norms(list(arrays)), (unit * root)[:, 0]):
+        expected = np.linalg.norm(x) * scales
+        np.testing.assert_allclose(np.asarray(lengths, np.float64), expected, rtol=1e-6)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @cases
 def test_init_is_on_the_ball_or_zero(x64, name, options, dtype):
-    for layout, shape in [*arrays_for(name)[::3], ("bsio", (0, 2, 3, 4))]:
+    empty = [("bsio", (0, 2, 3, 4)), ("sio", (2, 0, 3)), ("sio", (2, 0, 0))]
+    for layout, shape in [*arrays_for(name)[::3], *empty]:
         norm = dataclasses.replace(make(name, options, layout), radius=5.0)
         x = norm.init(jax.random.key(1), shape, dtype)
         assert (x.shape, x.dtype) == (shape, jnp.dtype(dtype))
@@ -302,6 +319,10 @@ def test_spectral_init_is_semi_orthogonal_and_uniform():
         np.testing.assert_allclose(small.mean(0), 0, atol=0.05)  # no preferred sign
 
 
+def test_float64_is_what_jax_makes_of_it():
+    assert Sign().init(jax.random.key(0), (3, 4), np.float64).dtype == jnp.float32
+
+
 def test_sign_zero_init():
     assert not bool(jnp.any(Sign(zero_init=True).init(jax.random.key(0), (3, 4))))
 
@@ -320,8 +341,10 @@ def test_norms_are_values():
     assert len({Spectral(50.0), Spectral(50.0), Spectral(50.0, max=True)}) == 2
     assert dataclasses.replace(Sign(2.0), radius=3.0) == Sign(3.0)
     assert jax.tree.leaves(Sign(2.0)) == [Sign(2.0)]  # a leaf, not a container
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Spectral().radius = 2.0
+    for kind in {name for name, _ in NORMS}:
+        for attribute in ("radius", "raduis"):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(getattr(scion_jax, kind)(), attribute, 2.0)
     with pytest.raises(TypeError):
         Spectral(1.0, "io")
 

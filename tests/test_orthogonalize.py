@@ -11,6 +11,7 @@ from scion_jax import ExactPolar, NewtonSchulz, orthogonalize
 from scion_jax.distributed.bucketing import in_chunks, map_buckets, split
 from scion_jax.distributed.spreading import polar_factors, spectral_norm_bounds
 from scion_jax.polar.coefficients import resolve
+from scion_jax.polar.orthogonalizers import Orthogonalizer
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 3), (8, 8), (24, 6), (16, 64), (3, 10, 4), (0, 3, 4)]
 
@@ -73,6 +74,36 @@ def test_exact_polar(x64):
     np.testing.assert_allclose(
         orthogonalize(jnp.asarray(matrix), ExactPolar()), u[:, :3] @ vt[:3], atol=1e-6
     )
+
+
+def test_exact_polar_leaves_out_what_vanishes_to_rounding_only():
+    """However many matrices there are, and whatever the others are like."""
+    stack = np.zeros((100, 16, 16), np.float32)
+    stack[:] = np.diag([1.0] * 15 + [1e-5])
+    u, v = (np.linalg.qr(g)[0] for g in np.random.default_rng(0).standard_normal((2, 16, 8)))
+    stack[0], stack[1], stack[2] = u @ v.T, 0, np.nan
+    expected = (stack > 1e-6) * 1.0
+    expected[0] = u @ v.T
+    polar = orthogonalize(jnp.asarray(stack), ExactPolar())
+    others = np.arange(100) != 2
+    np.testing.assert_allclose(polar[others], expected[others], atol=1e-5)
+
+
+def test_exact_polar_is_not_rounded_by_accelerators():
+    text = jax.jit(ExactPolar().polar).lower(jnp.ones((1, 2, 3))).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all("HIGHEST" in line for line in products)
+
+
+def test_what_an_orthogonalizer_has_to_define():
+    assert Orthogonalizer.__abstractmethods__ == {"polar"}
+
+
+def test_equal_choices_are_equal():
+    """However a dtype is written: equal norms share a stack."""
+    methods = {NewtonSchulz(compute_dtype=dtype) for dtype in ("float32", jnp.float32, np.float32)}
+    assert len(methods) == 1
 
 
 SPECTRA = {

@@ -172,6 +172,15 @@ def test_parts_of_axes_that_devices_hold_in_other_pieces(layout, spec):
 
 
 @pytest.mark.fast
+def test_axes_without_parts_stay_split_over_devices():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    d = jax.device_put(gaussian((16, 24)), NamedSharding(mesh, PartitionSpec("x", None)))
+    for layout in ("io[3]", "io[8,4,12]"):
+        for piece in Spectral(layout=layout).read(d.shape).split(d):
+            assert jax.typeof(piece).sharding.spec[0] == "x"
+
+
+@pytest.mark.fast
 def test_merged_axes_that_are_split_over_devices():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     d = gaussian((8, 4, 8))
@@ -202,6 +211,19 @@ def test_vectors_keep_what_the_model_gave_them():
     assert float(params["scale"][0]) == 1.5
 
 
+def test_convolutions_are_read_by_their_rank_and_need_a_window():
+    row = describe({"w": gaussian((2, 3, 4, 5))}, SpectralConv()).rows[0]
+    assert (row.layout, row.matrices) == ("ssio", "6·4 → 5")
+    with pytest.raises(ValueError, match=r"leaf 'w' of shape \(2, 3\) has no window axis 's'"):
+        describe({"w": gaussian((2, 3))}, SpectralConv())
+
+
+@pytest.mark.parametrize("norm", [Auto(), Sign(), ColNorm(), RowNorm(), BiasRMS(), Euclidean()])
+def test_empty_arrays_can_be_described(norm):
+    for shape in [(0, 0), (0, 3), (3, 0), (0,)]:
+        assert describe({"w": gaussian(shape)}, norm).rows[0].shape == shape
+
+
 def test_shapes_of_gains_are_not_enough():
     shapes = {"norm": {"scale": jax.ShapeDtypeStruct((6,), jnp.float32)}}
     with pytest.raises(ValueError, match=r"how the model starts 'norm/scale'.*flax_norms"):
@@ -212,7 +234,8 @@ def test_kept_leaves_can_be_checked():
     params = {"kernel": jnp.zeros((4, 6)), "scale": jnp.full(6, 1.5)}
     with pytest.raises(ValueError, match=r"outside of their balls.*'scale' \(1.5 times"):
         init_params(jax.random.key(0), params, check=True)
-    init_params(jax.random.key(0), params, Auto(vector_radius=2.0), check=True)
+    for radius in (1.5, 2.0):
+        init_params(jax.random.key(0), params, Auto(vector_radius=radius), check=True)
     init_params(jax.random.key(0), params, Auto(constrained=False), check=True)
 
 
@@ -286,3 +309,4 @@ def test_describe():
     shapes = jax.eval_shape(lambda: params)
     assert describe(shapes, norms, labels) == table
     assert describe({"b": jnp.ones(3)}).rows[0].label is None
+    assert describe({"w": jnp.ones((1, 1))}).rows[0].step_rms == 1

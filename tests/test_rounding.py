@@ -1,11 +1,13 @@
 """Stochastic rounding: unbiased, repeatable, and nothing that was finite is lost."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scion_jax.rounding import store
+from scion_jax.rounding import _power_of_two, store
 
 pytestmark = pytest.mark.fast
 
@@ -56,6 +58,24 @@ def test_finite_stays_finite_and_nothing_else_does(dtype):
     expected = [largest, -largest, largest, np.inf, -np.inf, np.nan]
     stored = store_often(x, dtype, 16)
     np.testing.assert_array_equal(as_float64(stored), np.broadcast_to(expected, (16, 6)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(jnp.bfloat16, "8a66f80df3527972"), (jnp.float16, "cf8b0c63a3357c1a")],
+)
+def test_roundings_never_change(dtype, expected):
+    """A run that is resumed with another version of this library goes on as it would have."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(4096), jnp.float32)
+    stored = store_often(x, dtype, 4)
+    bits = np.asarray(jax.lax.bitcast_convert_type(stored, jnp.uint16))
+    assert hashlib.sha256(bits.astype("<u2").tobytes()).hexdigest()[:16] == expected
+
+
+def test_powers_of_two():
+    x = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    expected = 2.0 ** np.floor(np.log2(np.abs(x)))
+    np.testing.assert_array_equal(_power_of_two(jnp.asarray(x)), expected)
 
 
 def test_wider_dtypes_are_cast(x64):

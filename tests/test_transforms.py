@@ -97,6 +97,20 @@ def test_lmo_has_the_params_dtype():
     assert lmo.update(d, lmo.init(d), d.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("gradient", [3.0, jax.nn.relu, jnp.int32(3)])
+def test_gradients_are_checked_without_parameters_too(gradient):
+    lmo = scale_by_lmo(Sign())
+    with pytest.raises(TypeError, match="leaf 'x' of the gradients"):
+        lmo.update({"x": gradient}, lmo.init({"x": jnp.ones([])}))
+
+
+def test_gradients_in_other_containers_are_refused():
+    lmo = scale_by_lmo(Sign())
+    params = [jnp.ones(2), jnp.ones(3)]
+    with pytest.raises(ValueError, match="same leaves, but in other containers"):
+        lmo.update(tuple(params), lmo.init(params), params)
+
+
 def test_lmo_needs_a_norm():
     with pytest.raises(TypeError, match="needs a Norm"):
         scale_by_lmo(Spectral)

@@ -56,7 +56,7 @@ def _transposed_if_tall(result: jax.Array, stack: jax.Array) -> jax.Array:
 
 def joined(stacks: Sequence[jax.Array]) -> jax.Array:
     """Concatenates stacks of matrices of one shape."""
-    return stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+    return jnp.concatenate(stacks)
 
 
 def split(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:

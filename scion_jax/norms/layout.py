@@ -153,7 +153,6 @@ def parse_layout(
         The array's blocks and their axes.
 
     Raises:
-        TypeError: If `layout` is neither None nor a string.
         ValueError: If the layout is malformed, does not fit the shape, or is None and the rank has
             no default.
 
@@ -165,7 +164,6 @@ def parse_layout(
         >>> query.d_out, key_and_value.d_out
         (64, 16)
     """
-    check_layout(layout)
     array = f"{name or 'an array'} of shape {tuple(shape)}"
     if layout is None:
         if len(shape) not in defaults:

@@ -66,7 +66,6 @@ class CpuProducts(Products):
 
     def gram(self, x: jax.Array) -> jax.Array:
         """Computes `x xᵀ`."""
-        x = x.astype(self.dtype)
         return self._symmetric(x, x)
 
     def commuting(self, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -57,7 +57,7 @@ class Leaf:
     @property
     def is_called_vector(self) -> bool:
         """Whether its name is that of a bias or a gain."""
-        return GAIN.search(self.path.rsplit("/", 1)[-1]) is not None
+        return GAIN.search(self.path.split("/")[-1]) is not None
 
     @property
     def title(self) -> str:

@@ -120,9 +120,7 @@ def _aliases(path: Path, copies: list[list[Path]]) -> list[Path]:
 
 def _owner(path: Path, modules: Mapping[Path, nnx.Module]) -> Path:
     """Finds the innermost module around a path (lists and dictionaries are none)."""
-    return next(
-        path[:length] for length in range(len(path) - 1, -1, -1) if path[:length] in modules
-    )
+    return next(path[:length] for length in range(len(path), -1, -1) if path[:length] in modules)
 
 
 def _joined(path: Path) -> str:

@@ -17,7 +17,7 @@ from scion_jax.reading_flax.layouts import Shape
 
 Path = tuple[Any, ...]
 Inner = tuple[int | None, ...]
-# For each vmap, from the innermost outwards, the axis that it adds; as `out_axes` says it.
+# For each vmap, from the innermost outwards, the axis that it adds; -1 for one at the end.
 Insertions = tuple[int, ...]
 
 _STACK = re.compile(r"layer|stack|block|scan|repeat|depth|stage|expert|ensemble|vmap", re.I)
@@ -76,12 +76,12 @@ class Stacks:
 
     def _agreed(self, path: Path, ways: dict[Insertions, Shape]) -> dict[Insertions, Shape]:
         """Keeps the ways of stacking that suit the other parameters of the stack, too."""
-        for length in range(len(path) - 1, -1, -1):
+        for length in range(len(path), -1, -1):
             for other, inner in self._inner.items():
                 if other[:length] != path[:length] or other == path:
                     continue
                 shape = self.shapes[other]
-                if len(shape) == len(inner):
+                if len(shape) <= len(inner):
                     return ways  # we have left the stack
                 theirs = _ways(inner, shape)
                 both = {way: sizes for way, sizes in ways.items() if theirs.get(way) == sizes}
@@ -107,14 +107,14 @@ class Stacks:
         shape = self.shapes[path]
         extra = self._depth_of_surroundings(path)
         if len(shape) < 2:
-            return () if extra and len(shape) == extra else (None,) * len(shape)
+            return () if len(shape) == extra else (None,) * len(shape)
         if len(shape) == extra + 1 and layouts.GAIN.search(str(path[-1])):
             return (None,)
         return None
 
     def _depth_of_surroundings(self, path: Path) -> int:
         """Counts the axes of the stack that all known parameters nearby are in."""
-        for length in range(len(path) - 1, -1, -1):
+        for length in range(len(path), -1, -1):
             near = [
                 len(self.shapes[other]) - len(inner)
                 for other, inner in self._inner.items()
@@ -129,7 +129,7 @@ def _place(way: Insertions, rank: int) -> tuple[int, ...]:
     """Finds where inserted axes end up."""
     is_stack = [False] * rank
     for axis in way:
-        is_stack.insert(axis if axis >= 0 else axis + len(is_stack) + 1, True)
+        is_stack.insert(axis if axis >= 0 else len(is_stack), True)
     return tuple(axis for axis, inserted in enumerate(is_stack) if inserted)
 
 
@@ -138,8 +138,8 @@ def _ways(inner: Inner, shape: Shape) -> dict[Insertions, Shape]:
     count = len(shape) - len(inner)
     places = set(layouts.placements(inner, shape))
     found = {}
-    for way in itertools.product(range(-1, 5), repeat=count):
-        if all(-rank - 1 <= axis <= rank for rank, axis in enumerate(way, start=len(inner))):
+    for way in itertools.product(range(-1, len(shape)), repeat=count):
+        if all(axis <= rank for rank, axis in enumerate(way, start=len(inner))):
             axes = _place(way, len(inner))
             if axes in places:
                 found[way] = tuple(shape[axis] for axis in axes)
