@@ -76,6 +76,18 @@ def nonzero(divisor: jax.Array) -> jax.Array:
     return jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
 
 
+def largest(array: jax.Array) -> jax.Array:
+    """Finds the largest entry, NaN if there is one.
+
+    XLA for CPUs forgets NaN in a maximum over 4,096 entries or more (since JAX 0.10 at the latest).
+    """
+    return jax.lax.platform_dependent(
+        array,
+        cpu=lambda array: jnp.where(jnp.any(jnp.isnan(array)), jnp.nan, jnp.max(array)),
+        default=jnp.max,
+    )
+
+
 def vector_norm(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Computes `‖·‖₂` over `axes`, kept as axes of size 1, without overflow or underflow."""
     root, unit = _root_and_unit(array, axes)

@@ -251,6 +251,20 @@ def test_nan_and_infinity_stay_visible_and_local(name, options, bad, exact):
     assert not np.isfinite(norm.dual_norm(jnp.asarray(spoiled)))
 
 
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [(Sign(), (70, 70)), (RowNorm(), (2, 5000)), (ColNorm(), (5000, 2))],
+)
+def test_nan_among_many_numbers_stays_visible(norm, shape):
+    """XLA for CPUs forgets NaN in a maximum over 4,096 entries or more."""
+    spoiled = jnp.ones(shape).at[1, 1].set(jnp.nan)
+    assert bool(jnp.isnan(norm.gauge(spoiled)))
+    assert bool(jnp.isnan(jax.jit(norm.gauge)(spoiled)))
+    gradient = jax.grad(norm.gauge)(jnp.ones(shape).at[1, 1].set(2.0))
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+    assert float(gradient[1, 1]) > 0
+
+
 @cases
 @given(data=st.data(), seed=seeds)
 def test_duality(name, options, data, seed):
