@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import scion_jax
 from meshes import collectives, compiled, lmos_of, make
 from scion_jax import Spectral, numerics
+from scion_jax.distributed import sharding
 from test_orthogonalize import SPECTRA, with_spectrum
 
 pytestmark = pytest.mark.fast
@@ -53,6 +54,14 @@ def test_float64_in_one_reduction(x64):
             largest = np.abs(array).max(1, keepdims=True)
             expected = np.linalg.norm(array / largest, axis=1, keepdims=True) * largest
             np.testing.assert_allclose(unit * root, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_two_devices_may_hold_may_be_split(count):
+    """On an Auto mesh, where types do not tell."""
+    mesh = jax.make_mesh((count,), ("x",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert sharding.may_be_split(jnp.ones((2, 2))) == (count == 2)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])

@@ -139,11 +139,17 @@ def test_momentum_dtypes(dtype):
         (lambda: Auto(orthogonalizer=None), TypeError, r"NewtonSchulz\(…\) or ExactPolar"),
         (lambda: clipped_scion(0.1, rho="600"), TypeError, "rho must be a number; got '600'"),
         (lambda: clipped_scion(0.1, rho=lambda c: -1.0), ValueError, "rho, a schedule"),
+        (lambda: clipped_scion(0.1, rho=np.inf), ValueError, "rho must be above 0 and finite"),
         (lambda: clipped_scion(0.1, rho=1.0, short_step=1), TypeError, "short_step is True or"),
         (
             lambda: unconstrained_scion(0.1, weight_decay="0.1"),
             TypeError,
             "weight_decay must be a number; got '0.1'",
+        ),
+        (
+            lambda: unconstrained_scion(0.1, weight_decay=np.inf),
+            ValueError,
+            "weight_decay must be at least 0 and finite",
         ),
         (lambda: scion_light(0.1, every_k="2"), TypeError, "every_k must be a number"),
         (lambda: scion_light(0.1, every_k=1.5), ValueError, "every_k must be a whole number"),
@@ -203,6 +209,8 @@ def test_leaves_that_are_no_parameters(leaf, message):
     for build in OPTIMIZERS:
         with pytest.raises(TypeError, match=message):
             build(0.1).init({"x": leaf})
+    with pytest.raises(TypeError, match="leaf 'x' of the parameters"):
+        average_gradients(0.1).init({"x": leaf})
 
 
 def test_random_keys_are_no_parameters():
