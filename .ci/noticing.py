@@ -58,10 +58,13 @@ class Reach:
         shutil.rmtree(OUT / "sources", ignore_errors=True)
         shutil.copytree(ROOT / "scion_jax", OUT / "sources")
         command = [sys.executable, "-m", "pytest", "-q", f"--numprocesses={jobs}", "--cov"]
-        command += ["--cov-context=test", "--cov-report=", f"--junitxml={OUT / 'tests.xml'}"]
+        command += ["--cov-context=test", "--cov-report=", "--cov-fail-under=0"]
+        command += [f"--junitxml={OUT / 'tests.xml'}"]
         # Python 3.14 is the first whose quicker core tells tests apart.
         changed = {"COVERAGE_FILE": str(OUT / "coverage"), "COVERAGE_CORE": "ctrace"}
-        subprocess.run(command, cwd=ROOT, env=os.environ | changed, check=True)
+        if subprocess.run(command, cwd=ROOT, env=os.environ | changed).returncode:
+            (OUT / "tests.xml").unlink(missing_ok=True)
+            sys.exit("the tests have to pass without any change")
 
     @functools.cached_property
     def newer(self):
