@@ -65,6 +65,22 @@ def test_what_two_devices_may_hold_may_be_split(count):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_lengths_of_split_arrays_take_one_reduction(kind):
+    """And zeros made like them are split as they are, with none."""
+    mesh = make("8", kind)
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.arange(32.0).reshape(16, 2), split)
+        lengths = jax.jit(lambda x: numerics.vector_norms([x, x + 1])).lower(x).compile()
+        assert [name for name, _ in collectives(lengths.as_text())] == ["all-reduce"]
+        expected = [np.linalg.norm(x), np.linalg.norm(x + 1)]
+        np.testing.assert_allclose(lengths(x), expected, rtol=1e-6)
+        zeros = jax.jit(sharding.zeros_like).lower(x).compile()
+        assert not collectives(zeros.as_text())
+        assert zeros(x).sharding.is_equivalent_to(split, 2)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_largest_singular_value_by_default(kind):
     """Nothing is said but the mesh; the spectra, shapes and scales of the test on one device."""
     rng = np.random.default_rng(0)
