@@ -82,6 +82,21 @@ class Behind(nnx.Module):
         self.square = nnx.Linear(4, 4, rngs=rngs)
 
 
+class Scaled(nnx.Module):
+    """A gain of the user's own beside a layer."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.scale = nnx.Param(jnp.zeros(4))
+
+
+class Nested(nnx.Module):
+    """A stack two modules deep, beside a layer that is in none."""
+
+    def __init__(self, rngs):
+        self.outer = nnx.Dict(blocks=nnx_stack(Scaled, 3)(rngs), plain=nnx.Linear(4, 4, rngs=rngs))
+
+
 class Gated(nnx.Module):
     def __init__(self, rngs):
         self.cell = nnx.OptimizedLSTMCell(3, 3, rngs=rngs)
@@ -190,6 +205,15 @@ NNX = {
             "layers/kernel": stack_at(1, dense),
             "layers/bias": stack_at(1, vector),
             **under("square", LINEAR),
+        },
+    ),
+    "stack in a dictionary": (
+        Nested,
+        {
+            "outer/blocks/linear/kernel": stack(dense),
+            "outer/blocks/linear/bias": stack(vector),
+            "outer/blocks/scale": stack(vector),
+            **under("outer/plain", LINEAR),
         },
     ),
     "stack of stacks": (
