@@ -82,6 +82,15 @@ class Behind(nnx.Module):
         self.square = nnx.Linear(4, 4, rngs=rngs)
 
 
+class Apart(nnx.Module):
+    """Two stacks with a layer between them: what holds for one tells nothing about the other."""
+
+    def __init__(self, rngs):
+        self.a = nnx_stack(lambda r: nnx.Linear(4, 4, use_bias=False, rngs=r), 4)(rngs)
+        self.b = nnx.Linear(4, 4, rngs=rngs)
+        self.c = nnx_stack(lambda r: nnx.Linear(4, 3, rngs=r), 4, axis=1)(rngs)
+
+
 class Scaled(nnx.Module):
     """A gain of the user's own beside a layer."""
 
@@ -214,6 +223,15 @@ NNX = {
             "outer/blocks/linear/bias": stack(vector),
             "outer/blocks/scale": stack(vector),
             **under("outer/plain", LINEAR),
+        },
+    ),
+    "stacks apart": (
+        Apart,
+        {
+            "a/kernel": stack(dense),
+            **under("b", LINEAR),
+            "c/kernel": stack_at(1, dense),
+            "c/bias": stack_at(1, vector),
         },
     ),
     "stack of stacks": (
