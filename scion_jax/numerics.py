@@ -76,8 +76,8 @@ def nonzero(divisor: jax.Array) -> jax.Array:
     return jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
 
 
-def largest(array: jax.Array) -> jax.Array:
-    """Finds the largest entry, NaN if there is one.
+def largest_or_nan(array: jax.Array) -> jax.Array:
+    """Finds the largest entry, or NaN if one is NaN.
 
     XLA for CPUs forgets NaN in a maximum over 4,096 entries or more (since JAX 0.10 at the latest).
     """

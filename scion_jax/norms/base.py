@@ -258,5 +258,5 @@ class Norm(abc.ABC):
         dtype = sizes[0].dtype
         if not math.prod(layout.shape):
             return jnp.zeros([], dtype)
-        largest = [numerics.largest(size) for size in sizes]
+        largest = [numerics.largest_or_nan(size) for size in sizes]
         return jnp.max(jnp.stack(largest)) / jnp.asarray(self.radius, dtype)
