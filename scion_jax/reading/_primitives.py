@@ -1,0 +1,63 @@
+"""The primitives that a parameter may pass through, and who follows each.
+
+The list is closed: a parameter that meets any other primitive is refused, since nobody knows what
+it is then. To add one: a function of the uses, the equation and its values that returns the value
+of the result (a list, if there are several), and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scion_jax.reading import _products as products
+from scion_jax.reading import _structure as structure
+from scion_jax.reading._control_flow import Rule
+from scion_jax.reading._elementwise import LINEAR, SEVERAL, UNARY, elementwise, stopped
+from scion_jax.reading._uses import Uses
+from scion_jax.reading._views import Constant, Value, Weight
+
+
+def _each(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
+    """Several operands, each for itself."""
+    return list(values)
+
+
+def _stop(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+    return stopped(values[0]) if isinstance(values[0], Weight) else values[0]
+
+
+def _iota(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+    return Constant(None, (equation.params["dimension"],))
+
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(LINEAR | UNARY | SEVERAL, elementwise),
+    **dict.fromkeys("optimization_barrier psum psum2 psum_invariant pmax pmin".split(), _each),
+    "stop_gradient": _stop,
+    "iota": _iota,
+    "dot_general": products.dot_general,
+    "ragged_dot_general": products.ragged_dot,
+    "ragged_dot": products.ragged_dot,
+    "conv_general_dilated": products.convolution,
+    "reshape": structure.reshape,
+    "broadcast_in_dim": structure.broadcast_in_dim,
+    "transpose": structure.transpose,
+    "squeeze": structure.squeeze,
+    "slice": structure.cut,
+    "split": structure.split,
+    "stack": structure.stack,
+    "unstack": structure.unstack,
+    "concatenate": structure.concatenate,
+    "pad": structure.pad,
+    "gather": structure.gather,
+    "dynamic_slice": structure.dynamic_slice,
+    **dict.fromkeys(
+        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split(),
+        structure.reduce,
+    ),
+    **dict.fromkeys(
+        "rev cumsum cumprod cummax cummin cumlogsumexp fft tile".split(), structure.same_axes
+    ),
+    **dict.fromkeys("scatter scatter_add scatter-add dynamic_update_slice".split(), structure.update),
+}
