@@ -112,8 +112,7 @@ def check_no_count(tree: Any, name: str) -> None:
         tree: What the function is called with.
         name: What the function is.
     """
-    dtype = getattr(tree, "dtype", None)
-    if getattr(tree, "shape", None) == () and jnp.issubdtype(dtype, jnp.integer):
+    if getattr(tree, "shape", None) == () and jnp.issubdtype(tree.dtype, jnp.integer):
         raise TypeError(
             f"{name} label trees of parameters, and leaf '' is a count, as schedules get it; under "
             "optax.inject_hyperparams list the argument in static_args, such as "

@@ -128,7 +128,7 @@ def labelled_norms(tree: Any, norms: Norms, param_labels: Any) -> list[tuple[Has
     if isinstance(norms, Norm):
         return [(None, norms)] * len(jax.tree.leaves(tree))
     if isinstance(norms, Assignment):
-        norms, param_labels = norms.norms, norms.labels
+        return labelled_norms(tree, norms.norms, norms.labels)
     labels = labels_of(tree, param_labels)
     for (keys, _), label in zip(jax.tree_util.tree_leaves_with_path(tree), labels, strict=True):
         if not isinstance(label, Hashable) or label not in norms:
