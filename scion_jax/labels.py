@@ -26,7 +26,7 @@ class ModelLabels(Protocol):
     """Labels that were read off a whole model, as `flax_norms` returns them.
 
     The trees that they label may hold any part of the model (filters, masks, freezing), so a norm
-    that no leaf uses is no mistake.
+    that no leaf uses is no mistake. What the model starts with is told by its parameters.
     """
 
     def __call__(self, tree: Any) -> Any:
