@@ -85,8 +85,8 @@ def train(model: nn.Module, examples: Examples, options: Namespace) -> Any:
         rules={"^patches": Spectral(RADIUS, max=True)},
         vectors=BiasRMS(constrained=False),  # gains are not pulled towards zero
     )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1])["params"]
-    params = init_params(jax.random.key(0), shapes, norms, kinds)
+    params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
+    params = init_params(jax.random.key(0), params, norms, kinds)
     print(describe(params, norms, kinds))
     steps = options.epochs * len(images) // options.batch
     optimizer = scion(optax.cosine_decay_schedule(options.learning_rate, steps), norms, kinds)

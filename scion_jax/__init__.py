@@ -6,6 +6,7 @@ arXiv:2502.07529.
 2025, arXiv:2506.01913.
 """
 
+from scion_jax._assignment import Assignment as Assignment
 from scion_jax.activations import scaled_gelu as scaled_gelu
 from scion_jax.activations import scaled_relu as scaled_relu
 from scion_jax.activations import scaled_relu_squared as scaled_relu_squared

@@ -5,14 +5,24 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Hashable
+import re
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
+from scion_jax._assignment import Assignment
+from scion_jax.hyperparameters import check_flag
 from scion_jax.norms import Auto
 from scion_jax.norms.axes import Axes
 from scion_jax.norms.leaves import Leaf
 from scion_jax.numerics import is_number
 from scion_jax.resolution import Norms, labelled_norms, resolve, unused
+
+_HEADER = (
+    *("path", "shape", "label", "norm", "layout", "d_in → d_out", "radius", "step RMS"),
+    "read at",
+)
 
 
 class Row(NamedTuple):
@@ -28,6 +38,8 @@ class Row(NamedTuple):
         radius: Radius of its ball.
         step_rms: Root mean square of the entries of `lmo`, what a step of learning rate 1 changes;
             NaN where the norm does not know it.
+        read_at: Where the program uses it, such as `"dot_general model.py:41"`; empty unless the
+            norms were read off a program.
     """
 
     path: str
@@ -38,6 +50,7 @@ class Row(NamedTuple):
     matrices: str
     radius: Any
     step_rms: float
+    read_at: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +59,20 @@ class Description:
 
     Attributes:
         rows: One for each parameter, in the tree's order.
-        unused: A sentence for each norm or rule that no parameter uses.
+        unused: A sentence for each norm or rule that no parameter uses, and for each parameter that
+            no gradient reaches.
+        fold: Whether equal blocks are printed as one.
     """
 
     rows: tuple[Row, ...]
     unused: tuple[str, ...]
+    fold: bool = True
 
     def __str__(self) -> str:
-        header = ("path", "shape", "label", "norm", "layout", "d_in → d_out", "radius", "step RMS")
-        lines = [header, *(_cells(row) for row in self.rows)]
+        rows = _folded(self.rows) if self.fold else self.rows
+        lines = [_HEADER, *map(_cells, rows)]
+        if not any(row.read_at for row in rows):
+            lines = [line[:-1] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         texts = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -65,16 +83,21 @@ class Description:
     __repr__ = __str__
 
 
-def describe(params: Any, norms: Norms = Auto(), param_labels: Any = None) -> Description:
+def describe(
+    params: Any, norms: Norms = Auto(), param_labels: Any = None, *, fold: bool = True
+) -> Description:
     """Shows how every parameter is read: norm, layout, fan-in and fan-out, radius, step.
 
     Args:
         params: Parameters, or their `jax.ShapeDtypeStruct`s; nothing is computed.
         norms: As given to the optimizer.
         param_labels: As given to the optimizer.
+        fold: Whether to print parameters that differ only in a number of their path as one line,
+            `blocks/0…11/kernel`.
 
     Returns:
-        A table to print, whose rows can be read by programs as well.
+        A table to print, whose rows, one for each parameter, can be read by programs as well. With
+        an `Assignment` it says where the program uses each, and which it does not use.
 
     Raises:
         TypeError: If a leaf is not floating.
@@ -89,10 +112,51 @@ def describe(params: Any, norms: Norms = Auto(), param_labels: Any = None) -> De
         bias    (64,)            BiasRMS   o       64            1       1
         kernel  (16, 64)         Spectral  io      16 → 64       2       0.5
     """
+    check_flag("fold", fold)
     leaves = resolve(params, norms, param_labels)
     labels = [label for label, _ in labelled_norms(params, norms, param_labels)]
     rows = [_row(leaf, label) for leaf, label in zip(leaves, labels, strict=True)]
-    return Description(tuple(rows), tuple(unused(params, norms, param_labels)))
+    idle = []
+    if isinstance(norms, Assignment):
+        entries = jax.tree.leaves(norms.map(lambda entry: entry, params))
+        at = [", ".join(entry.used_at) for entry in entries]
+        rows = [row._replace(read_at=text) for row, text in zip(rows, at, strict=True)]
+        idle = [row for row, entry in zip(rows, entries, strict=True) if entry.is_unused]
+    sentences = unused(params, norms, param_labels)
+    sentences += [
+        f"{row.path}: no gradient reaches it" for row in (_folded(idle) if fold else idle)
+    ]
+    return Description(tuple(rows), tuple(sentences), fold)
+
+
+def _folded(rows: Sequence[Row]) -> list[Row]:
+    """Joins rows that differ in one number of their paths, and then rows of the same numbers."""
+    split = [(re.split(r"(\d+)", row.path), row) for row in rows]
+    # From the last number to the first, so that inner stacks are joined before outer ones.
+    for place in range(max((len(parts) for parts, _ in split), default=0) - 2, 0, -2):
+        groups: dict[Hashable, list[tuple[list[str], Row]]] = {}
+        for parts, row in split:
+            others = (*parts[:place], None, *parts[place + 1 :])
+            groups.setdefault((others, _cells(row)[1:]), []).append((parts, row))
+        split = []
+        for group in groups.values():
+            parts, row = group[0]
+            numbers = [other[place] for other, _ in group if place < len(other)]
+            if len(group) > 1:
+                parts = [*parts[:place], _runs(numbers), *parts[place + 1 :]]
+            split.append((parts, row))
+    return [row._replace(path="".join(parts)) for parts, row in split]
+
+
+def _runs(numbers: Sequence[str]) -> str:
+    """Writes 0, 1, 2, 5 as `0…2,5`."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}…{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _row(leaf: Leaf, label: Hashable) -> Row:
@@ -124,4 +188,5 @@ def _cells(row: Row) -> tuple[str, ...]:
     label = "" if row.label is None else str(row.label)
     radius = f"{float(row.radius):g}" if is_number(row.radius) else str(row.radius)
     step = "–" if math.isnan(row.step_rms) else f"{row.step_rms:.3g}"
-    return row.path, str(row.shape), label, row.norm, row.layout, row.matrices, radius, step
+    texts = (row.path, str(row.shape), label, row.norm, row.layout, row.matrices, radius, step)
+    return *texts, row.read_at

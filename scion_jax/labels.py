@@ -12,9 +12,10 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
@@ -25,7 +26,7 @@ class ModelLabels(Protocol):
     """Labels that were read off a whole model, as `flax_norms` returns them.
 
     The trees that they label may hold any part of the model (filters, masks, freezing), so a norm
-    that no leaf uses is no mistake.
+    that no leaf uses is no mistake. What the model starts with is told by its parameters.
     """
 
     def __call__(self, tree: Any) -> Any:
@@ -48,8 +49,8 @@ class ModelLabels(Protocol):
 def leaf_path(keys: Sequence[Any]) -> str:
     """Joins a JAX key path with `/`.
 
-    Flax wraps arrays in variables and boxes, whose attribute `value` ends the path; it is left out,
-    so that one pattern serves NNX and Linen, boxed or not.
+    Flax wraps arrays in variables and boxes, whose attribute `value` is left out, so that a state,
+    a module and plain arrays have the same paths.
 
     Args:
         keys: A key path, as `jax.tree_util.tree_flatten_with_path` gives it.
@@ -57,15 +58,66 @@ def leaf_path(keys: Sequence[Any]) -> str:
     Returns:
         For example `"layers/0/kernel"`.
     """
-    match keys:
-        case (*_, jax.tree_util.DictKey(), jax.tree_util.GetAttrKey(name="value")):
-            keys = keys[:-1]
-    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+    keys = tuple(keys)
+    attributes = [i for i, key in enumerate(keys) if isinstance(key, jax.tree_util.GetAttrKey)]
+    # The last attribute only, behind which a variable may hold containers of arrays: a layer that
+    # is called `value`, as attention's, has attributes of its own.
+    last = attributes[-1] if attributes else 0
+    if last and keys[last] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:last] + keys[last + 1 :]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def without_collection(path: str) -> str:
     """Drops the `params/` that Linen's variables begin with, so that `^head` finds the head."""
     return path.removeprefix("params/")
+
+
+# What biases and gains are called: of one layer, `o`; of rank 2 and more stacks, or of several
+# axes, never `io`. Single letters are Haiku's and those of plain JAX, `D` and `A_log` Mamba's.
+_VECTOR = re.compile(
+    r"""
+    (?P<shift> (?i: (^|_)(bias|beta|offset)(es|s)? (_|\d|$) ) | ^b(_?([a-z]|\d+))?$ )
+    | (?i: (^|_)(scale|gain|gamma)s? (_|\d|$) ) | ^g(_?\d+)?$ | ^D$ | ^A_log$
+    """,
+    re.VERBOSE,
+)
+
+
+def kind_of_vector(path: str) -> Literal["shift", "gain"] | None:
+    """Tells by a leaf's name whether it is a vector, and of which kind.
+
+    Args:
+        path: Its path. The name is the last component that is no number.
+
+    Returns:
+        `"shift"` for biases, which start at zero in every framework; `"gain"` for what may not;
+        None for what may be a matrix.
+
+    Example:
+        >>> [kind_of_vector(path) for path in ("linear/b", "norm/scale", "lora_b", "weight")]
+        ['shift', 'gain', None, None]
+    """
+    names = [name for name in path.split("/") if not name.isdecimal()]
+    match = _VECTOR.search(names[-1]) if names else None
+    if match is None:
+        return None
+    return "gain" if match["shift"] is None else "shift"
+
+
+def check_no_count(tree: Any, name: str) -> None:
+    """Raises `TypeError` if `optax.inject_hyperparams` takes a function of labels for a schedule.
+
+    Args:
+        tree: What the function is called with.
+        name: What the function is.
+    """
+    if getattr(tree, "shape", None) == () and jnp.issubdtype(tree.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} label trees of parameters, and leaf '' is a count, as schedules get it; under "
+            "optax.inject_hyperparams list the argument in static_args, such as "
+            'static_args=("norms", "param_labels")'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +132,7 @@ class PathLabels:
 
     def __call__(self, tree: Any) -> Any:
         """Labels every leaf; raises `ValueError` for one that no rule matches."""
+        check_no_count(tree, "the rules of label_by_path")
         return jax.tree_util.tree_map_with_path(lambda keys, _: self._label(leaf_path(keys)), tree)
 
     def unused(self, paths: Iterable[str]) -> list[tuple[str, Hashable]]:
@@ -162,7 +215,7 @@ def labels_of(tree: Any, param_labels: Any) -> list[Hashable]:
         ValueError: If a leaf has no label, or a label no leaf; the message names them.
     """
     try:
-        labels = param_labels(tree) if callable(param_labels) else param_labels
+        labels = param_labels(tree) if _is_function(param_labels) else param_labels
     except TypeError as error:
         raise TypeError(
             "param_labels is a tree of labels, or a function from the tree of parameters to one; "
@@ -176,19 +229,74 @@ def labels_of(tree: Any, param_labels: Any) -> list[Hashable]:
         leaves, labelled = _paths(tree), _paths(labels)
         missing = [path for path in leaves if not any(_begins(path, p) for p in labelled)]
         extra = [path for path in labelled if not any(_begins(p, path) for p in leaves)]
+        faults = [f"leaf '{path}' has no label" for path in missing]
+        faults += [f"the label at '{path}' has no leaf" for path in extra]
+        faults += [] if faults else [differing_containers(labels, tree, "the labels", "the tree")]
         raise ValueError(
-            "param_labels does not fit the tree:"
-            + "".join(f" leaf '{path}' has no label;" for path in missing)
-            + "".join(f" the label at '{path}' has no leaf;" for path in extra)
-            + " give it the tree's structure, or a prefix of it"
+            f"param_labels does not fit the tree: {'; '.join(faults)}; give it the tree's "
+            "structure, or a prefix of it"
         ) from error
     return jax.tree.leaves(repeated)
 
 
+def differing_containers(tree: Any, other: Any, name: str, other_name: str) -> str:
+    """Says where two trees hold alike leaves in unlike containers.
+
+    Args:
+        tree: A tree, or a prefix of one.
+        other: A tree of another structure.
+        name: What to call the first.
+        other_name: What to call the second.
+
+    Returns:
+        A sentence, such as `"at 'a' the labels have a dict, the tree a list"`.
+    """
+    paths = [keys for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+    def first(one: Any, two: Any, leaf: int, depth: int) -> str:
+        data = one.node_data(), two.node_data()
+        if data[0] is None:  # a leaf, or that of a prefix
+            return ""
+        if data[0] != data[1]:
+            path = leaf_path(paths[leaf][:depth]) if leaf < len(paths) else ""
+            kinds = ["a leaf" if node is None else f"a {node[0].__name__}" for node in data]
+            if kinds[0] == kinds[1]:
+                kinds = [f"{kind} of {node[1]}" for kind, node in zip(kinds, data, strict=True)]
+            where = f"at '{path}'" if path else "at the top"
+            return f"{where} {name} have {kinds[0]}, {other_name} {kinds[1]}"
+        for child, partner in zip(one.children(), two.children(), strict=False):
+            if found := first(child, partner, leaf, depth + 1):
+                return found
+            leaf += child.num_leaves
+        return ""
+
+    found = first(jax.tree.structure(tree), jax.tree.structure(other), 0, 0)
+    return found or f"{name} and {other_name} have the same leaves in other containers"
+
+
 def nearest(text: str, choices: Iterable[str]) -> str | None:
-    """Finds the choice that looks most like a text, which may be a pattern."""
+    """Finds the path that looks most like a text, which may be a pattern, as a whole or in part.
+
+    Args:
+        text: A path, a pattern or a label.
+        choices: Paths.
+
+    Returns:
+        One of them; None if nothing in them looks like the text.
+    """
     letters = re.sub(r"[\^$.*+?()\[\]|\\]", "", text)
-    return next(iter(difflib.get_close_matches(letters, choices, n=1, cutoff=0.0)), None)
+    path_of: dict[str, str] = {}
+    for path in choices:
+        for part in (path, *path.split("/")):
+            path_of.setdefault(part, path)
+    found = difflib.get_close_matches(letters, path_of, n=1)
+    return path_of[found[0]] if found else None
+
+
+def _is_function(param_labels: Any) -> bool:
+    """Tells a function from a tree of labels, which may be callable, as Equinox's modules are."""
+    leaves = jax.tree.leaves(param_labels)
+    return callable(param_labels) and (not leaves or leaves[0] is param_labels)
 
 
 def _paths(tree: Any) -> list[str]:

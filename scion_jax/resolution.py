@@ -15,45 +15,51 @@ from typing import Any
 import jax
 
 from scion_jax import numerics
+from scion_jax._assignment import Assignment, Labels
 from scion_jax.hyperparameters import level_of_the_caller
 from scion_jax.labels import (
     ModelLabels,
     PathLabels,
+    kind_of_vector,
     labels_of,
     leaf_path,
     nearest,
     without_collection,
 )
-from scion_jax.norms import Norm
-from scion_jax.norms.layout import candidates
+from scion_jax.norms import BiasRMS, Norm
+from scion_jax.norms.layout import candidates, vector_layouts
 from scion_jax.norms.leaves import Leaf
 
-Norms = Norm | Mapping[Any, Norm]
-
-# Names of vectors. Of rank 2 and more they are stacks, or biases of several axes, never `io`.
-_VECTOR = re.compile(r"(^|_)(bias|scale|gain|gamma|beta)(es|s)?(_|\d|$)", re.IGNORECASE)
+Norms = Norm | Mapping[Any, Norm] | Assignment
 
 
 def check_norms(norms: Norms, param_labels: Any) -> None:
     """Checks, when an optimizer is built, that norms and labels belong together.
 
     Args:
-        norms: One norm, or a mapping from labels to norms.
-        param_labels: Labels of the parameters, or None.
+        norms: One norm, a mapping from labels to norms, or an assignment.
+        param_labels: Labels of the parameters, with a mapping.
 
     Raises:
-        TypeError: If `norms` is neither a norm nor a mapping to norms.
+        TypeError: If `norms` is none of these.
         ValueError: If labels come without a mapping, or a mapping without labels.
     """
-    if isinstance(norms, Norm):
+    if isinstance(norms, Norm | Assignment):
         if param_labels is not None:
+            what = (
+                f"the single norm {norms}"
+                if isinstance(norms, Norm)
+                else ("an Assignment, which has labels of its own; leave param_labels out")
+            )
             raise ValueError(
-                "param_labels needs norms to be a mapping {label: norm}; got the single norm "
-                f"{norms}"
+                f"param_labels needs norms to be a mapping {{label: norm}}; got {what}"
             )
         return
     if not isinstance(norms, Mapping):
-        raise TypeError(f"norms is a Norm such as Spectral(50.0), or {{label: Norm}}; got {norms}")
+        raise TypeError(
+            "norms is a Norm such as Spectral(50.0), {label: Norm}, or what infer_norms returns; "
+            f"got {norms}"
+        )
     for label, norm in norms.items():
         if not isinstance(norm, Norm):
             raise TypeError(f"norms[{label!r}] must be a Norm such as Spectral(50.0); got {norm}")
@@ -69,7 +75,7 @@ def resolve(tree: Any, norms: Norms, param_labels: Any = None) -> list[Leaf]:
 
     Args:
         tree: Parameters, gradients, or their shapes.
-        norms: One norm, or a mapping from labels to norms.
+        norms: One norm, a mapping from labels to norms, or an assignment.
         param_labels: Labels, as for the optimizers; None with a single norm.
 
     Returns:
@@ -81,29 +87,26 @@ def resolve(tree: Any, norms: Norms, param_labels: Any = None) -> list[Leaf]:
             named), or if norms and labels do not belong together.
     """
     check_norms(norms, param_labels)
+    paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    arrays = jax.tree.leaves(tree)
+    for path, array in zip(paths, arrays, strict=True):
+        numerics.check_floating(array, f"leaf '{path}'")
     chosen = labelled_norms(tree, norms, param_labels)
     leaves: list[Leaf] = []
     unread: list[str] = []
-    for (keys, array), (_, norm) in zip(
-        jax.tree_util.tree_leaves_with_path(tree), chosen, strict=True
-    ):
-        path = leaf_path(keys)
-        name = f"leaf '{path}'"
-        numerics.check_floating(array, name)
+    for path, array, (_, norm) in zip(paths, arrays, chosen, strict=True):
         shape = tuple(array.shape)
         concrete = norm.resolve(len(shape))
-        vector = len(shape) > 1 and _VECTOR.search(path.rsplit("/", 1)[-1]) is not None
-        known = len(shape) < 3 or len(shape) in concrete.default_layouts
-        if concrete.layout is None and (vector or not known):
-            unread.append(_what_to_write(path, shape, norm, vector))
+        if concrete.layout is None and not _has_default(concrete, path, len(shape)):
+            unread.append(_what_to_write(path, shape, norm))
         else:
-            leaves.append(Leaf(path, concrete, concrete.read(shape, name)))
+            leaves.append(Leaf(path, concrete, concrete.read(shape, f"leaf '{path}'")))
     if unread:
         raise ValueError(
             "no axis is guessed at these leaves; give each a norm with a layout, one letter per "
             "axis (i input, o output, s window, b batch):\n  "
             + "\n  ".join(unread)
-            + "\nflax_norms(model, …) reads the layouts of a Flax model."
+            + "\ninfer_norms(loss_fn, params, *batch) reads layouts off the program."
         )
     return leaves
 
@@ -113,7 +116,7 @@ def labelled_norms(tree: Any, norms: Norms, param_labels: Any) -> list[tuple[Has
 
     Args:
         tree: Parameters, gradients, or their shapes.
-        norms: One norm, or a mapping from labels to norms.
+        norms: One norm, a mapping from labels to norms, or an assignment.
         param_labels: Labels; None with a single norm.
 
     Returns:
@@ -124,6 +127,8 @@ def labelled_norms(tree: Any, norms: Norms, param_labels: Any) -> list[tuple[Has
     """
     if isinstance(norms, Norm):
         return [(None, norms)] * len(jax.tree.leaves(tree))
+    if isinstance(norms, Assignment):
+        return labelled_norms(tree, norms.norms, norms.labels)
     labels = labels_of(tree, param_labels)
     for (keys, _), label in zip(jax.tree_util.tree_leaves_with_path(tree), labels, strict=True):
         if not isinstance(label, Hashable) or label not in norms:
@@ -140,14 +145,14 @@ def unused(tree: Any, norms: Norms, param_labels: Any) -> list[str]:
 
     Args:
         tree: Parameters, or their shapes.
-        norms: One norm, or a mapping from labels to norms.
+        norms: One norm, a mapping from labels to norms, or an assignment.
         param_labels: Labels; None with a single norm.
 
     Returns:
-        A sentence for each. None with labels that were read off a model, of which a tree may be a
-        part.
+        A sentence for each. None with an assignment, or labels that were read off a model: a tree
+        may be a part of what was read.
     """
-    if isinstance(norms, Norm) or isinstance(param_labels, ModelLabels):
+    if isinstance(norms, Norm | Assignment) or isinstance(param_labels, ModelLabels | Labels):
         return []
     paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
     used = set(labels_of(tree, param_labels))
@@ -172,16 +177,26 @@ def warn_of_unused(tree: Any, norms: Norms, param_labels: Any) -> None:
 
 def _hint(text: str, paths: Sequence[str]) -> str:
     path = nearest(text, [without_collection(path) for path in paths])
-    return f"; the nearest path is '{path}'" if path else "; the tree has no leaves"
+    if path:
+        return f"; the nearest path is '{path}'"
+    return "" if paths else "; the tree has no leaves"
 
 
-def _what_to_write(path: str, shape: tuple[int, ...], norm: Norm, vector: bool) -> str:
+def _has_default(norm: Norm, path: str, rank: int) -> bool:
+    """Tells whether a norm knows the layout of a rank, or knows why it has none."""
+    if rank > 1 and kind_of_vector(path):
+        return False
+    return rank in norm.default_layouts or rank < min(norm.default_layouts)
+
+
+def _what_to_write(path: str, shape: tuple[int, ...], norm: Norm) -> str:
+    vector = kind_of_vector(path) is not None or isinstance(norm, BiasRMS)
     kind = "BiasRMS" if vector else type(norm).__name__
     kind = "Spectral" if kind == "Auto" else kind
     label = re.sub(r"\W+", "_", without_collection(path)) or "weights"
-    letters = "b" * (len(shape) - 1) + "o" if vector else "…"
+    sure = list(vector_layouts(shape)) if vector else []
     return (
-        f"'{path}' of shape {shape}: {candidates(len(shape), vector)}, as in "
+        f"'{path}' of shape {shape}: {candidates(shape, vector)}, as in "
         f'label_by_path([("^{re.escape(without_collection(path))}$", "{label}"), …]) and '
-        f'norms = {{"{label}": {kind}(layout="{letters}"), …}}'
+        f'norms = {{"{label}": {kind}(layout="{sure[0] if len(sure) == 1 else "…"}"), …}}'
     )

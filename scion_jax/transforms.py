@@ -160,8 +160,8 @@ def scale_by_lmos(
     iteration per shape of matrix, whatever its label.
 
     Args:
-        norms: One norm, or a mapping from labels to norms.
-        param_labels: Labels, as in `optax.multi_transform`; None with a single norm.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
+        param_labels: Labels, as in `optax.multi_transform`; with a mapping only.
         shard_over: As in `scale_by_lmo`.
 
     Returns:
@@ -187,8 +187,8 @@ def decay_weights(
     Args:
         weight_decay: μ, at least 0; may be traced. With 1 the next stage makes the constrained
             step.
-        norms: One norm, or a mapping from labels to norms.
-        param_labels: Labels; None with a single norm.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
+        param_labels: Labels; with a mapping only.
 
     Returns:
         A stateless transformation, to stand in `checked`.
@@ -246,8 +246,8 @@ def checked(
     """Chains stages behind a check that every leaf can be read, before any buffer is made.
 
     Args:
-        norms: One norm, or a mapping from labels to norms.
-        param_labels: Labels; None with a single norm.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
+        param_labels: Labels; with a mapping only.
         *stages: The stages, first to last.
 
     Returns:

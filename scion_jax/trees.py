@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from scion_jax.labels import leaf_path
+from scion_jax.labels import differing_containers, leaf_path
 from scion_jax.numerics import check_floating
 
 
@@ -78,6 +78,7 @@ def _check_containers(tree: Any, other: Any, name: str, other_name: str) -> None
         jax.tree.map(lambda *_: None, tree, other)
     except (ValueError, TypeError) as error:  # which says where
         raise ValueError(
-            f"{name} and {other_name} have the same leaves, but in other containers, such as a "
-            "tuple in place of a list; give both the same structure, as jax.grad does"
+            f"{name} and {other_name} have the same leaves in other containers: "
+            f"{differing_containers(tree, other, name, other_name)}; give both the same structure, "
+            "as jax.grad does"
         ) from error

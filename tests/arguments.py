@@ -158,7 +158,7 @@ ARGUMENTS = {
         st.builds(jax.ShapeDtypeStruct, SHAPES.map(lambda sizes: (2, 3, *sizes)), FLOATS),
         NO_PARAMETERS | one_of(None, shape(), shape(3), np.ones(2), jnp.asarray(1.0)),
     ),
-    **dict.fromkeys(("show_pairing", "short_step", "unconstrained", "check"), _FLAG),
+    **dict.fromkeys(("show_pairing", "short_step", "unconstrained"), _FLAG),
     **dict.fromkeys(("normalized", "max", "zero_init", "constrained"), _FLAG),
 }
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import scion_jax
 from arguments import ARRAYS, NO_NORMS, NO_PARAMETERS, layouts, norms, one_of, raising
+from scion_jax._assignment import Entry
 from scion_jax.labels import leaf_path
 
 
@@ -107,6 +108,10 @@ def cases(draw, faults=("", "", "leaf", "layout", "labels", "norms", "single")):
         rank = ranks[paths.index(path)]
         text = draw(one_of("o" * (rank + 2), "o[9,9]" + "o" * (rank - 1), "i[7,2]o" + "b" * rank))
         return Case(params, {**norm_of, "bad": scion_jax.Euclidean(layout=text)}, tree, (path,))
+    if len(set(paths)) == len(paths) and draw(st.booleans()):
+        leaves = zip(paths, jax.tree.leaves(params), labels, strict=True)
+        entries = [Entry(p[1:-1], np.shape(x), str(n), norm_of[n]) for p, x, n in leaves]
+        return Case(params, scion_jax.Assignment(tuple(entries)), None)
     forms = [tree, lambda params: tree]
     if len(set(paths)) == len(paths):
         rules = [(f"^{re.escape(p[1:-1])}$", name) for p, name in zip(paths, labels, strict=True)]

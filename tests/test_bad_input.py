@@ -123,15 +123,13 @@ def test_diagnostics(case, data):
 @random_cases(20, case=inputs.cases(), data=st.data())
 def test_starting_points(case, data):
     key, no_key = data.draw(argument("key"))
-    check, no_flag = data.draw(argument("check"))
-    bad = (*case.bad, *no_key, *no_flag)
-    certain = case.certain or bool(no_key or no_flag)
-    if not certain or not bad:
-        # How a vector starts is not known from its shape; and under jit there is nothing to check.
-        bad, certain = (*bad, *inputs.paths_of(case.params), "check"), False
+    bad = (*case.bad, *no_key)
+    certain = case.certain or bool(no_key)
+    if not certain or not bad:  # how a vector starts is not known from its shape
+        bad, certain = (*bad, *inputs.paths_of(case.params)), False
 
     def call(params=case.params):
-        return scion_jax.init_params(key, params, case.norms, case.param_labels, check=check)
+        return scion_jax.init_params(key, params, case.norms, case.param_labels)
 
     traces = data.draw(one_of(lambda: traced(call, case.params), lambda: jax.eval_shape(call)))
     result = outcome(traces, bad, certain)

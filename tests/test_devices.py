@@ -181,8 +181,8 @@ def test_pairing_of_parts_inside_shard_map(clipped):
     """A leaf that is split over a mapped axis counts with all of its parts, once."""
     mesh = make("8", "Auto")
     split, whole = PartitionSpec("fsdp"), PartitionSpec()
-    params = {"a": jnp.zeros((8, 4)), "b": jnp.zeros((3, 5))}
-    gradients = {"a": jnp.arange(32.0).reshape(8, 4) - 9, "b": jnp.ones((3, 5))}
+    params = {"a": jnp.zeros((8, 4)), "c": jnp.zeros((3, 5))}
+    gradients = {"a": jnp.arange(32.0).reshape(8, 4) - 9, "c": jnp.ones((3, 5))}
     algorithm, options = (
         (scion_jax.unconstrained_clipped_scion, {"rho": 1e4})
         if clipped
@@ -199,7 +199,7 @@ def test_pairing_of_parts_inside_shard_map(clipped):
         (params, _), pairings = jax.lax.scan(step, (params, built.init(params)), length=2)
         return params, pairings
 
-    specs = {"a": split, "b": whole}
+    specs = {"a": split, "c": whole}
     mapped = jax.shard_map(scanned, mesh=mesh, in_specs=(specs, specs), out_specs=(specs, whole))
     result, pairings = jax.jit(mapped)(params, gradients)
     np.testing.assert_allclose(pairings, np.abs(gradients["a"]).sum() + 15)
@@ -427,7 +427,7 @@ def test_orthogonalize_keeps_the_sharding():
         (scion_jax.Sign(), 0, "Explicit"),
         (scion_jax.ColNorm(), 1, "Explicit"),
         (scion_jax.RowNorm(), 1, "Auto"),
-        (scion_jax.BiasRMS(), 1, "Explicit"),
+        (scion_jax.BiasRMS(layout="io"), 1, "Explicit"),
         (scion_jax.Euclidean(), 1, "Auto"),
     ],
 )

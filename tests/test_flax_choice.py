@@ -19,7 +19,6 @@ from scion_jax import (
     Sign,
     Spectral,
     flax_norms,
-    init_params,
     scion,
 )
 from scion_jax.labels import ModelLabels
@@ -684,70 +683,6 @@ def test_nothing_is_computed():
     jax.eval_shape(lambda x: read(x) and x, FEATURES)
     with jax.log_compiles(False), jax.transfer_guard("disallow"):
         read(FEATURES)
-
-
-class LowRank(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        a = nn.Dense(2, use_bias=False, name="lora_a")(x)
-        b = nn.Dense(4, False, kernel_init=nn.initializers.zeros_init(), name="lora_b")(a)
-        gain = self.param("gain", nn.initializers.constant(0.5), shape=(4,), unbox=True)
-        return nn.Dense(4, bias_init=nn.initializers.ones)(x) * gain + b
-
-
-def test_starts_of_linen():
-    norms, labels = flax_norms(LowRank(), FEATURES, last={})
-    shapes = jax.eval_shape(LowRank().init, jax.random.key(0), FEATURES)["params"]
-    params = init_params(jax.random.key(0), shapes, norms, labels)
-    assert not params["lora_b"]["kernel"].any()
-    assert params["lora_a"]["kernel"].any()
-    assert (params["gain"] == 0.5).all()
-    assert (params["Dense_0"]["bias"] == 1).all()
-
-
-class Scanned(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        def body(layer, x, _):
-            return layer(x), None
-
-        scan = nn.scan(body, {"params": 1}, split_rngs={"params": True}, length=3)
-        return scan(nn.Dense(4, bias_init=nn.initializers.normal(1.0)), x, None)[0]
-
-
-def test_starts_of_stacks():
-    norms, labels = flax_norms(Scanned(), FEATURES, last={})
-    shapes = jax.eval_shape(Scanned().init, jax.random.key(0), FEATURES)["params"]
-    bias = init_params(jax.random.key(0), shapes, norms, labels)["Dense_0"]["bias"]
-    assert bias.shape == (4, 3)
-    assert len(set(bias.reshape(-1).tolist())) == 12
-
-
-def test_starts_of_nnx():
-    class Adapted(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)
-            self.norm = nnx.RMSNorm(4, rngs=rngs)
-
-    shapes = nnx.eval_shape(lambda: Adapted(nnx.Rngs(0)))
-    norms, labels = flax_norms(shapes, last={})
-    params = init_params(jax.random.key(0), pure(shapes), norms, labels)
-    assert (params["norm"]["scale"] == 1).all()
-    assert not params["linear"]["bias"].any()
-    assert not params["linear"]["lora"]["lora_b"].any()
-    assert params["linear"]["lora"]["lora_a"].any()
-
-
-def test_start_from_inputs_is_refused():
-    class Whitened(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return x - self.param("mean", lambda _: x.mean(0))
-
-    norms, labels = flax_norms(Whitened(), FEATURES, last={})
-    shapes = {"mean": jax.ShapeDtypeStruct((4,), jnp.float32)}
-    with pytest.raises(ValueError, match="'mean' starts from the model's inputs"):
-        init_params(jax.random.key(0), shapes, norms, labels)
 
 
 def test_importing_scion_jax_does_not_import_flax():

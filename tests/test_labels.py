@@ -17,7 +17,7 @@ from scion_jax import (
     scion,
     unconstrained_scion,
 )
-from scion_jax.labels import leaf_path
+from scion_jax.labels import leaf_path, nearest
 from scion_jax.resolution import resolve
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
@@ -112,10 +112,8 @@ def test_a_norm_or_rule_that_no_leaf_uses_is_warned_of_once():
     with pytest.warns(UserWarning, match="no leaf") as caught:
         state = optimizer.init(PARAMS)
     assert [str(w.message) for w in caught] == [
-        "rule ('bias$', 'bias') of label_by_path is the first match of no leaf; the nearest path "
-        "is 'embed/table'",
-        "rule ('blocks/[01]/', 'hidden') of label_by_path is the first match of no leaf; the "
-        "nearest path is 'embed/table'",
+        "rule ('bias$', 'bias') of label_by_path is the first match of no leaf",
+        "rule ('blocks/[01]/', 'hidden') of label_by_path is the first match of no leaf",
     ]
     updates, _ = optimizer.update(PARAMS, state, PARAMS)
     assert updates["blocks"][0]["kernel"] is PARAMS["blocks"][0]["kernel"]
@@ -166,3 +164,59 @@ def test_paths_of_nnx_leave_out_the_variable():
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert paths == ["bias", "kernel"]
+
+
+def test_labels_in_a_callable_tree_are_a_tree():
+    eqx = pytest.importorskip("equinox")
+
+    class Net(eqx.Module):
+        w: jax.Array
+        c: jax.Array
+
+        def __call__(self, x):
+            return x.ndim
+
+    params = Net(jnp.ones((2, 3)), jnp.ones((3,)))
+    labels = jax.tree.map(lambda x: f"rank {x.ndim}", params)
+    norms = {"rank 2": Sign(), "rank 1": BiasRMS()}
+    found = [leaf.norm for leaf in resolve(params, norms, labels)]
+    assert found == [norms["rank 2"], norms["rank 1"]]
+    partial = jax.tree_util.Partial(lambda tree: labels)  # a tree without leaves, to be called
+    assert [leaf.norm for leaf in resolve(params, norms, partial)] == found
+
+
+def test_labels_in_other_containers_are_told_so():
+    nnx = pytest.importorskip("flax.nnx")
+    freeze = pytest.importorskip("flax.core").freeze
+    kernel = {"a": {"kernel": jnp.ones((2, 3))}}
+    state = nnx.State({"a": {"kernel": nnx.Param(jnp.ones((2, 3)))}})
+    pure = nnx.State(kernel)
+    labels = {"a": {"kernel": "x"}}
+    for tree, wrong, message in (
+        (freeze(kernel), labels, "at the top the labels have a dict, the tree a FrozenDict"),
+        (state, labels, "at the top the labels have a dict, the tree a State"),
+        (pure, jax.tree.map(lambda _: "x", state), "at 'a/kernel' the labels have a Param, the"),
+        ([jnp.ones((2, 3))], ("x",), "at the top the labels have a tuple, the tree a list"),
+        ({"a": [jnp.ones(3)]}, {"a": ("x",)}, "at 'a' the labels have a tuple, the tree a list"),
+        (
+            {0: jnp.ones(3)},
+            {"0": "x"},
+            r"at the top the labels have a dict of \['0'\], the tree a dict of \[0\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"does not fit the tree: {message}"):
+            resolve(tree, {"x": Euclidean()}, wrong)
+    optimizer = scion(0.1)
+    params = {0: jnp.ones(3)}
+    with pytest.raises(
+        ValueError, match=r"the gradients have a dict of \['0'\], the parameters a dict"
+    ):
+        optimizer.update({"0": jnp.ones(3)}, optimizer.init(params), params)
+
+
+def test_the_nearest_path_is_near():
+    paths = ["up/kernel", "down/kernel", "lm_head/kernel"]
+    assert nearest("^lm_haed$", paths) == "lm_head/kernel"
+    assert nearest("dwon/kernle", paths) == "down/kernel"
+    assert nearest("zzzz", ["up"]) is None
+    assert nearest("a", []) is None

@@ -190,8 +190,8 @@ def test_every_optimizer_checks_its_flags():
     for build, name in (flags | {scion_light: "unconstrained"}).items():
         with pytest.raises(TypeError, match=f"{name} is True or False; got 1"):
             build(0.1, **{name: 1})
-    with pytest.raises(TypeError, match="check is True or False; got 1"):
-        init_params(jax.random.key(0), PARAMS, check=1)
+    with pytest.raises(TypeError, match="fold is True or False; got 1"):
+        describe(PARAMS, fold=1)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_unused_rules_and_norms_are_warned_of(use):
     expected = [
         "rule ('^a/kernell', 'last') of label_by_path is the first match of no leaf; the nearest "
         "path is 'a/kernel'",
-        "norms['lsat'] is used by no leaf; the nearest path is 'a/bias'",
+        "norms['lsat'] is used by no leaf",
     ]
     assert [str(warning.message) for warning in caught] == expected
     assert {warning.filename for warning in caught} == {__file__}

@@ -375,11 +375,15 @@ def test_radius_may_be_traced():
     d = jnp.asarray(gaussian((3, 4)), jnp.float32)
     radii = jnp.array([0.5, 2.0, 50.0])
     for kind in (Spectral, Sign, ColNorm, RowNorm, BiasRMS, Euclidean, Auto):
-        mapped = jax.vmap(lambda r, kind=kind: kind(r).lmo(d))(radii)
+
+        def norm(radius, kind=kind):
+            return kind(radius, layout="io")
+
+        mapped = jax.vmap(lambda r, norm=norm: norm(r).lmo(d))(radii)
         for radius, v in zip(radii, mapped, strict=True):
-            np.testing.assert_allclose(v, kind(float(radius)).lmo(d), rtol=1e-4, atol=1e-4)
-        gauges = jax.vmap(lambda r, kind=kind: kind(r).gauge(d))(radii)
-        np.testing.assert_allclose(gauges, kind().gauge(d) / radii, rtol=1e-5)
+            np.testing.assert_allclose(v, norm(float(radius)).lmo(d), rtol=1e-4, atol=1e-4)
+        gauges = jax.vmap(lambda r, norm=norm: norm(r).gauge(d))(radii)
+        np.testing.assert_allclose(gauges, norm(1.0).gauge(d) / radii, rtol=1e-5)
 
 
 @pytest.mark.fast

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 
@@ -42,6 +43,44 @@ def shard_like(array: jax.Array, like: jax.Array) -> jax.Array:
     if all(axis is None for axis in sharding.spec):
         return array
     return jax.sharding.reshard(array, sharding)
+
+
+def place_like(array: jax.Array, like: Any) -> jax.Array:
+    """Places `array` as `like` is placed: an array, or a shape that may say how it is split.
+
+    Args:
+        array: Any array, of which the devices hold no parts yet.
+        like: An array, traced or not, or a shape, with a sharding on a mesh or on an abstract one.
+
+    Returns:
+        The same array. As it is where `like` says nothing, or an abstract mesh is not in force.
+    """
+    if isinstance(like, jax.core.Tracer):
+        return shard_like(array, like)
+    placement = getattr(like, "sharding", None)
+    if placement is None or not getattr(like, "committed", True):
+        return array
+    if isinstance(array, jax.core.Tracer):
+        return _constrain(array, placement) if isinstance(placement, NamedSharding) else array
+    if isinstance(placement, NamedSharding) and isinstance(placement.mesh, AbstractMesh):
+        mesh = jax.sharding.get_mesh()
+        if mesh.abstract_mesh.axis_names != placement.mesh.axis_names:
+            return array
+        placement = NamedSharding(mesh, placement.spec)
+    return jax.device_put(array, placement)
+
+
+def _constrain(array: jax.Array, placement: NamedSharding) -> jax.Array:
+    """Splits a traced array: over Explicit axes by its type, over Auto axes by a constraint."""
+
+    def along(names: Sequence[str]) -> NamedSharding:
+        parts = [tuple(n for n in names_of(part) if n in names) for part in placement.spec]
+        return NamedSharding(placement.mesh, PartitionSpec(*(part or None for part in parts)))
+
+    explicit, auto = placement.mesh.explicit_axes, placement.mesh.auto_axes
+    if explicit:
+        array = jax.sharding.reshard(array, along(explicit))
+    return jax.lax.with_sharding_constraint(array, along(auto)) if auto else array
 
 
 def zeros_like(array: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ class BiasRMS(Norm):
     Attributes:
         radius: Radius of the ball.
         layout: One letter per array axis; see `Norm`. A stack of biases is `bo`, one bias of two
-            axes `oo`, the fused bias of four gates `o[4]`.
+            axes `oo`, the fused bias of four gates `o[4]`. Rank 2 and more need one: a stack would
+            silently be one vector.
         constrained: Whether `scion` pulls the parameter towards zero; see `Norm`. False lets gains
             stay near the 1 that they start at.
 
@@ -33,6 +36,8 @@ class BiasRMS(Norm):
 
     Source: [S] Pethick et al., arXiv:2502.07529, Table 2.
     """
+
+    default_layouts: ClassVar[Mapping[int, str]] = {0: "o", 1: "o"}
 
     def unit_lmo(self, d: jax.Array, axes: Axes) -> jax.Array:
         """Computes `d / RMS(d)`."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -167,7 +168,8 @@ def parse_layout(
     array = f"{name or 'an array'} of shape {tuple(shape)}"
     if layout is None:
         if len(shape) not in defaults:
-            raise ValueError(f"{array} has no default layout; {candidates(len(shape))}")
+            vector = 2 not in defaults and 1 in defaults  # those of a vector's norm
+            raise ValueError(f"{array} has no default layout; {candidates(shape, vector)}")
         layout = defaults[len(shape)]
     terms = _terms(layout)
     if not shape and layout == "o":
@@ -220,21 +222,48 @@ _MATRICES = {
     "stacks)",
 }
 _VECTORS = {
-    2: "'oo' (one bias of several axes, as attention's), 'bo' (stacked biases or gains)",
-    3: "'boo' (stacked biases of two axes), 'bbo' (biases in two stacks), 'ooo' (one bias)",
+    2: {
+        "oo": "one bias of several axes, as attention's",
+        "bo": "stacked biases or gains",
+    },
+    3: {
+        "boo": "stacked biases of two axes",
+        "bbo": "biases in two stacks",
+        "ooo": "one bias",
+    },
 }
 
 
-def candidates(rank: int, vector: bool = False) -> str:
-    """Says what an array of a rank could be.
+def vector_layouts(shape: tuple[int, ...]) -> dict[str, str]:
+    """Lists what a bias or gain of a shape could be.
 
     Args:
-        rank: Number of axes.
-        vector: Whether its name is that of a bias or a gain.
+        shape: Its shape.
+
+    Returns:
+        Layouts with their meanings. Not those in which each vector had a single entry: (16, 1, 1)
+        is the bias of a convolution, `ooo`, and no stack.
+    """
+    return {
+        layout: meaning
+        for layout, meaning in _VECTORS.get(len(shape), {}).items()
+        if math.prod(size for size, letter in zip(shape, layout, strict=True) if letter == "o") != 1
+        or math.prod(shape) == 1
+    }
+
+
+def candidates(shape: tuple[int, ...], vector: bool = False) -> str:
+    """Says what an array of a shape could be.
+
+    Args:
+        shape: Its shape.
+        vector: Whether it is a bias or a gain, by its name or by its norm.
 
     Returns:
         The end of a sentence.
     """
-    known = (_VECTORS if vector else _MATRICES).get(rank)
+    rank = len(shape)
+    vectors = ", ".join(f"'{key}' ({meaning})" for key, meaning in vector_layouts(shape).items())
+    known = vectors if vector else _MATRICES.get(rank)
     could = f"it could be {known}" if known else f"use {rank} letters of 'i', 'o', 's' and 'b'"
     return f"{could}; give its norm the layout"

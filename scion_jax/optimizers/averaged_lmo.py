@@ -34,8 +34,8 @@ def almond(
 
     Args:
         learning_rate: γ; a schedule receives the number of updates made.
-        norms: One norm, or a mapping from labels to norms.
-        param_labels: Labels of the parameters, as in `scion`; None with a single norm.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
+        param_labels: Labels of the parameters, as in `scion`; with a mapping only.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
@@ -44,7 +44,7 @@ def almond(
         A transformation; `update` does not need `params`.
 
     Raises:
-        TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
+        TypeError: If `norms` is none of these, or a dtype is not floating.
         ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], or a
             leaf does not fit its norm's layout.
 

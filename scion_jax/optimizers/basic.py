@@ -44,9 +44,9 @@ def scion(
 
     Args:
         learning_rate: γ, in (0, 1]; a schedule receives the number of updates made.
-        norms: One norm, or a mapping from labels to norms.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
         param_labels: A tree or prefix of labels, or a function from the parameters to one
-            (`label_by_path`), as in `optax.multi_transform`; None with a single norm.
+            (`label_by_path`), as in `optax.multi_transform`; with a mapping only.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         show_pairing: Keep `⟨d, w⟩` in the state, `w` being the direction of the step, as the
@@ -57,7 +57,7 @@ def scion(
         A transformation. `update` needs `params`; the updates have the parameters' dtype.
 
     Raises:
-        TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
+        TypeError: If `norms` is none of these, or a dtype is not floating.
         ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a leaf
             does not fit its norm's layout (at `init`), or `params` is missing (at `update`).
 
@@ -110,9 +110,9 @@ def unconstrained_scion(
 
     Args:
         learning_rate: γ; a schedule receives the number of updates made.
-        norms: One norm, or a mapping from labels to norms.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
         param_labels: A tree or prefix of labels, or a function from the parameters to one
-            (`label_by_path`), as in `optax.multi_transform`; None with a single norm.
+            (`label_by_path`), as in `optax.multi_transform`; with a mapping only.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
         weight_decay: μ, at least 0.
@@ -125,7 +125,7 @@ def unconstrained_scion(
         updates have the parameters' dtype.
 
     Raises:
-        TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
+        TypeError: If `norms` is none of these, or a dtype is not floating.
         ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a leaf
             does not fit its norm's layout (at `init`), or `params` is missing although weights
             decay (at `update`).

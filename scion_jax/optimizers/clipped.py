@@ -49,8 +49,8 @@ def unconstrained_clipped_scion(
     Args:
         learning_rate: γρ, the largest step, so that a learning rate of `unconstrained_scion`
             carries over; γ alone is `learning_rate / rho`. May be a schedule.
-        norms: One norm, or a mapping from labels to norms.
-        param_labels: Labels of the parameters, as in `scion`; None with a single norm.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
+        param_labels: Labels of the parameters, as in `scion`; with a mapping only.
         rho: ρ, positive: the dual norm below which steps shorten. May be a schedule. Choose it by
             the `pairing` that the state keeps.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
@@ -62,7 +62,7 @@ def unconstrained_clipped_scion(
         `optax.tree.get(state, "pairing")`.
 
     Raises:
-        TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
+        TypeError: If `norms` is none of these, or a dtype is not floating.
         ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
             constant `rho` is not positive, or a leaf does not fit its norm's layout.
 
@@ -118,8 +118,8 @@ def clipped_scion(
     Args:
         learning_rate: γρ, the largest step, in (0, 1], so that a learning rate of `scion` carries
             over; γ alone is `learning_rate / rho`. May be a schedule.
-        norms: One norm, or a mapping from labels to norms.
-        param_labels: Labels of the parameters, as in `scion`; None with a single norm.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
+        param_labels: Labels of the parameters, as in `scion`; with a mapping only.
         rho: ρ, positive: the gap below which steps shorten; published: 600 (nanoGPT 124M), 6000
             (1B), 1600 (airbench), 8000 (DeiT). May be a schedule. Choose it by the `pairing` that
             the state keeps.
@@ -133,7 +133,7 @@ def clipped_scion(
         `optax.tree.get(state, "pairing")`.
 
     Raises:
-        TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
+        TypeError: If `norms` is none of these, or a dtype is not floating.
         ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
             constant `rho` is not positive, a leaf does not fit its norm's layout, or `params` is
             missing (at `update`).

@@ -76,8 +76,8 @@ def scion_light(
     Args:
         learning_rate: γ, in (0, 1] unless `unconstrained`; a schedule receives the number of steps
             made.
-        norms: One norm, or a mapping from labels to norms.
-        param_labels: Labels of the parameters, as in `scion`; None with a single norm.
+        norms: One norm, a mapping from labels to norms, or an `Assignment`.
+        param_labels: Labels of the parameters, as in `scion`; with a mapping only.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule of the steps made.
         momentum_dtype: Dtype of the buffer `G`; None means the parameters'.
         unconstrained: Leave out the pull towards zero.
@@ -89,7 +89,7 @@ def scion_light(
         parameters' dtype.
 
     Raises:
-        TypeError: If `norms` is neither a norm nor a mapping to norms, or a dtype is not floating.
+        TypeError: If `norms` is none of these, or a dtype is not floating.
         ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
             constant `every_k` is not a whole number of at least 1, a leaf does not fit its norm's
             layout, or `params` is missing (at `update`).

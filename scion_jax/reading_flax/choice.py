@@ -9,7 +9,7 @@ from typing import Any
 
 from scion_jax.labels import nearest
 from scion_jax.norms import ColNorm, Norm
-from scion_jax.norms.layout import candidates as candidates_of_rank
+from scion_jax.norms.layout import candidates as candidates_of_shape
 from scion_jax.norms.layout import parse_layout
 from scion_jax.reading_flax.labels import FlaxLabels
 from scion_jax.reading_flax.layouts import Leaf
@@ -140,7 +140,7 @@ def _check_known(leaves: Sequence[Leaf], found: Mapping[str, _Rule | None]) -> N
         rule = found[leaf.path]
         if leaf.kind == "unknown" and (rule is None or rule.norm.layout is None):
             norm = "BiasRMS" if leaf.is_called_vector else "Spectral"
-            could = candidates_of_rank(len(leaf.shape), leaf.is_called_vector)
+            could = candidates_of_shape(leaf.shape, leaf.is_called_vector)
             why = f" ({leaf.problem})" if leaf.problem else ""
             pattern = f"^{re.escape(leaf.path)}$"
             lines.append(
