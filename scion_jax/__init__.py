@@ -38,7 +38,7 @@ from scion_jax.pairing import measure_pairing as measure_pairing
 from scion_jax.polar.orthogonalizers import ExactPolar as ExactPolar
 from scion_jax.polar.orthogonalizers import NewtonSchulz as NewtonSchulz
 from scion_jax.polar.orthogonalizers import orthogonalize as orthogonalize
-from scion_jax.reading_flax import flax_norms as flax_norms
+from scion_jax.reading import infer_norms as infer_norms
 from scion_jax.schedules import vanishing_momentum as vanishing_momentum
 from scion_jax.transforms import average_gradients as average_gradients
 from scion_jax.transforms import scale_by_lmo as scale_by_lmo

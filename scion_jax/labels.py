@@ -2,8 +2,8 @@
 
 An optimizer takes one norm for everything, or a mapping `label → norm` together with labels for the
 parameters, just as `optax.multi_transform` does: a tree of labels, a prefix of one, or a function
-from the tree to either. `label_by_path` makes such a function from patterns, `flax_norms` from a
-Flax model.
+from the tree to either. `label_by_path` makes such a function from patterns. (`infer_norms` needs
+no labels: an `Assignment` has them.)
 """
 
 from __future__ import annotations
@@ -11,39 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-
-Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
-
-
-@runtime_checkable
-class ModelLabels(Protocol):
-    """Labels that were read off a whole model, as `flax_norms` returns them.
-
-    The trees that they label may hold any part of the model (filters, masks, freezing), so a norm
-    that no leaf uses is no mistake. What the model starts with is told by its parameters.
-    """
-
-    def __call__(self, tree: Any) -> Any:
-        """Labels every leaf."""
-        ...
-
-    def start_of(self, path: str) -> Initializer | None:
-        """Tells how the model starts a leaf whose value the norm does not choose.
-
-        Args:
-            path: The leaf's path, without a leading `params/`.
-
-        Returns:
-            For a vector the model's own initializer, where it is known; for a matrix that the model
-            starts at zero on purpose, that; None otherwise.
-        """
-        ...
 
 
 def leaf_path(keys: Sequence[Any]) -> str:

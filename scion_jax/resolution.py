@@ -18,7 +18,6 @@ from scion_jax import numerics
 from scion_jax._assignment import Assignment, Labels
 from scion_jax.hyperparameters import level_of_the_caller
 from scion_jax.labels import (
-    ModelLabels,
     PathLabels,
     kind_of_vector,
     labels_of,
@@ -152,7 +151,7 @@ def unused(tree: Any, norms: Norms, param_labels: Any) -> list[str]:
         A sentence for each. None with an assignment, or labels that were read off a model: a tree
         may be a part of what was read.
     """
-    if isinstance(norms, Norm | Assignment) or isinstance(param_labels, ModelLabels | Labels):
+    if isinstance(norms, Norm | Assignment) or isinstance(param_labels, Labels):
         return []
     paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
     used = set(labels_of(tree, param_labels))

@@ -21,7 +21,7 @@ class Auto(Norm):
     """`BiasRMS` for scalars and vectors, `Spectral` for matrices.
 
     A layout without inputs, such as `bo`, is a vector's. It knows nothing else, so every array of
-    rank 3 and more needs a norm with a layout; `flax_norms` reads those off a Flax model. The
+    rank 3 and more needs a norm with a layout; `infer_norms` reads those off a program. The
     published settings treat the first and the last layer differently too (see the
     documentation's page on choosing norms).
 

@@ -68,7 +68,9 @@ class Reader:
             uses.transposed = transposed or self._is_transposed(equation.source_info.name_stack)
             results = self._follow(equation, inputs, reached)
             if uses.transposed:
-                results = [r._replace(cotangent=True) if isinstance(r, Data) else r for r in results]
+                results = [
+                    r._replace(cotangent=True) if isinstance(r, Data) else r for r in results
+                ]
             environment.update(zip(equation.outvars, results, strict=True))
             uses.transposed = transposed
         return [value_of(atom) for atom in jaxpr.outvars]
@@ -111,7 +113,10 @@ class Reader:
         jaxpr, constants = body(params["jaxpr"])
         fixed, carried = scan_counts(params)
         outputs = scan_outputs(self.liveness, params, outputs, self.uses.inside_custom)
-        rows = [_row(v, a.aval.shape) for v, a in zip(values[fixed + carried :], jaxpr.invars[fixed + carried :], strict=True)]
+        rows = [
+            _row(v, a.aval.shape)
+            for v, a in zip(values[fixed + carried :], jaxpr.invars[fixed + carried :], strict=True)
+        ]
         before = [*values[:fixed]], values[fixed : fixed + carried]
 
         def read(carry: Sequence[Value]) -> list[Value]:
@@ -194,7 +199,7 @@ def _constant(array: Any) -> Constant:
     if isinstance(array, jax.core.Tracer) or np.size(array) > 64:
         return Constant()
     dtype = getattr(array, "dtype", None)
-    counts = isinstance(array, int) or dtype is not None and jnp.issubdtype(dtype, np.integer)
+    counts = isinstance(array, int) or (dtype is not None and jnp.issubdtype(dtype, np.integer))
     return Constant(np.asarray(array)) if counts else Constant()
 
 

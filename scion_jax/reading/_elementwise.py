@@ -15,28 +15,116 @@ import numpy as np
 
 from scion_jax.reading._uses import Uses
 from scion_jax.reading._views import (
-    LOST, MIXED, SCALE, STOPPED, WHOLE, Constant, Data, Value, View, Weight,
+    LOST,
+    MIXED,
+    SCALE,
+    STOPPED,
+    WHOLE,
+    Constant,
+    Data,
+    Value,
+    View,
+    Weight,
 )  # fmt: skip
 
 # Linear in its only operand, so that what data picked or scaled is still what it was.
 LINEAR = frozenset(
-    "neg convert_element_type copy copy_p real imag conj reduce_precision device_put "
-    "sharding_constraint mesh_cast reshard layout_constraint name pvary pcast "
-    "ppermute".split()
+    [
+        "neg",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "real",
+        "imag",
+        "conj",
+        "reduce_precision",
+        "device_put",
+        "sharding_constraint",
+        "mesh_cast",
+        "reshard",
+        "layout_constraint",
+        "name",
+        "pvary",
+        "pcast",
+        "ppermute",
+    ]
 )
 UNARY = frozenset(
-    "abs exp exp2 log log1p log2 expm1 tanh sin cos tan asin acos atan sinh cosh asinh acosh atanh sqrt "
-    "rsqrt cbrt logistic erf erfc erf_inv integer_pow square one_minus_square not lgamma digamma "
-    "bessel_i0e bessel_i1e is_finite round floor ceil sign population_count clz "
-    "bitcast_convert_type".split()
+    [
+        "abs",
+        "exp",
+        "exp2",
+        "log",
+        "log1p",
+        "log2",
+        "expm1",
+        "tanh",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+        "logistic",
+        "erf",
+        "erfc",
+        "erf_inv",
+        "integer_pow",
+        "square",
+        "one_minus_square",
+        "not",
+        "lgamma",
+        "digamma",
+        "bessel_i0e",
+        "bessel_i1e",
+        "is_finite",
+        "round",
+        "floor",
+        "ceil",
+        "sign",
+        "population_count",
+        "clz",
+        "bitcast_convert_type",
+    ]
 )
-SUMS = frozenset("add sub add_any max min select_n".split())
+SUMS = frozenset(["add", "sub", "add_any", "max", "min", "select_n"])
 SEVERAL = SUMS | frozenset(
-    "mul div pow rem atan2 nextafter clamp complex eq ne lt le gt ge and or xor shift_left "
-    "shift_right_logical shift_right_arithmetic igamma igammac polygamma".split()
+    [
+        "mul",
+        "div",
+        "pow",
+        "rem",
+        "atan2",
+        "nextafter",
+        "clamp",
+        "complex",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "and",
+        "or",
+        "xor",
+        "shift_left",
+        "shift_right_logical",
+        "shift_right_arithmetic",
+        "igamma",
+        "igammac",
+        "polygamma",
+    ]
 )
 # No gradient goes through these.
-FLAT = frozenset("stop_gradient round floor ceil sign is_finite".split())
+FLAT = frozenset(["stop_gradient", "round", "floor", "ceil", "sign", "is_finite"])
 
 _FOLDED = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "lt": np.less, "ge": np.greater_equal,
@@ -131,7 +219,7 @@ def _data(
     for value, old in zip(values, shapes, strict=True):
         if flat and isinstance(value, Constant) and len(old) == len(shape) > 0:
             flat = frozenset(d for d in flat if old[d] == 1)
-    soft = data.soft or name == "exp" and bool(data.suspects)
+    soft = data.soft or (name == "exp" and bool(data.suspects))
     if (onehot, flat, soft) == (data.onehot, data.flat, data.soft):
         return data
     return data._replace(onehot=onehot, flat=flat, soft=soft)
@@ -208,7 +296,9 @@ def merged(name: str, weights: Sequence[Weight]) -> Weight | None:
             blurred = name not in SUMS and len(sources) > 1
             views += [_part(v, MIXED) if blurred else v for v in weight.views]
         elif own < most and name in SUMS:
-            largest = {v.source for w, o in zip(weights, dims, strict=True) if o == most for v in w.views}
+            largest = {
+                v.source for w, o in zip(weights, dims, strict=True) if o == most for v in w.views
+            }
             if not {v.source for v in weight.views} <= largest:
                 return None
             views += [_part(v, SCALE) for v in weight.views]
@@ -253,7 +343,11 @@ def _fold(name: str, values: Sequence[Value], shapes: Sequence[Any]) -> Constant
     counting = [c.iota for c in constants if c.iota]
     iota: tuple[int, ...] = ()
     if len(counting) == 1 and (name in LINEAR or name in ("add", "sub")):
-        iota = counting[0] if all(c.iota or not s for c, s in zip(constants, shapes, strict=True)) else ()
+        iota = (
+            counting[0]
+            if all(c.iota or not s for c, s in zip(constants, shapes, strict=True))
+            else ()
+        )
     if name == "eq" and len(counting) == 2 and counting[0] != counting[1]:
         iota = counting[0] + counting[1]
     if name in _FOLDED and all(value is not None for value in known):

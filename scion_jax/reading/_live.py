@@ -37,7 +37,9 @@ class Liveness:
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Any, frozenset[Any]]] = {}
 
-    def variables(self, jaxpr: Any, outputs: Sequence[bool], custom: bool = False) -> frozenset[Any]:
+    def variables(
+        self, jaxpr: Any, outputs: Sequence[bool], custom: bool = False
+    ) -> frozenset[Any]:
         """Finds the variables that a gradient reaches, if it reaches these outputs.
 
         Args:

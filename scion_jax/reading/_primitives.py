@@ -33,7 +33,9 @@ def _iota(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LINEAR | UNARY | SEVERAL, elementwise),
-    **dict.fromkeys("optimization_barrier psum psum2 psum_invariant pmax pmin".split(), _each),
+    **dict.fromkeys(
+        ["optimization_barrier", "psum", "psum2", "psum_invariant", "pmax", "pmin"], _each
+    ),
     "stop_gradient": _stop,
     "iota": _iota,
     "dot_general": products.dot_general,
@@ -53,11 +55,23 @@ RULES: Mapping[str, Rule] = {
     "gather": structure.gather,
     "dynamic_slice": structure.dynamic_slice,
     **dict.fromkeys(
-        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split(),
+        [
+            "reduce_sum",
+            "reduce_max",
+            "reduce_min",
+            "reduce_prod",
+            "reduce_and",
+            "reduce_or",
+            "argmax",
+            "argmin",
+        ],
         structure.reduce,
     ),
     **dict.fromkeys(
-        "rev cumsum cumprod cummax cummin cumlogsumexp fft tile".split(), structure.same_axes
+        ["rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "fft", "tile"],
+        structure.same_axes,
     ),
-    **dict.fromkeys("scatter scatter_add scatter-add dynamic_update_slice".split(), structure.update),
+    **dict.fromkeys(
+        ["scatter", "scatter_add", "scatter-add", "dynamic_update_slice"], structure.update
+    ),
 }

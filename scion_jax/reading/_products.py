@@ -19,7 +19,15 @@ from typing import Any
 from scion_jax.reading._elementwise import combined, foremost, merged
 from scion_jax.reading._uses import MATRIX, VECTOR, Uses
 from scion_jax.reading._views import (
-    LOST, MIXED, PLAIN, WHOLE, Constant, Data, Factor, Value, View, Weight,
+    LOST,
+    PLAIN,
+    WHOLE,
+    Constant,
+    Data,
+    Factor,
+    Value,
+    View,
+    Weight,
 )  # fmt: skip
 
 Dims = Sequence[int]
@@ -45,9 +53,7 @@ def ragged_dot(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     return _dot(uses, equation, pair, (contract[0], moved[0]), (batch[0], moved[1]))
 
 
-def _dot(
-    uses: Uses, equation: Any, values: Sequence[Value], contract: Any, batch: Any
-) -> Value:
+def _dot(uses: Uses, equation: Any, values: Sequence[Value], contract: Any, batch: Any) -> Value:
     values = list(values)
     ranks = [len(atom.aval.shape) for atom in equation.invars[:2]]
     if any(isinstance(value, Weight) and value.data for value in values):
@@ -106,7 +112,10 @@ def _with_data(
                 for factor in view.own(other):
                     uses.note("stack", [view.source], factor.axis)
     keys = uses.product(weight, roles, data, VECTOR if alone else MATRIX)
-    ours = [*([None] * len(batch) if not alone else batch), *(free if side == 0 else [None] * len(theirs[2]))]
+    ours = [
+        *([None] * len(batch) if not alone else batch),
+        *(free if side == 0 else [None] * len(theirs[2])),
+    ]
     ours += [None] * len(theirs[2]) if side == 0 else free
     passed = [*theirs[1], *(theirs[2] if side == 1 else [None] * len(free))]
     passed += theirs[2] if side == 0 else [None] * len(free)
@@ -199,7 +208,12 @@ def _with_constant(
     ours += free if side else [None] * others
     if uses.transposed:  # the derivative of a sum of outputs
         roles = [
-            [(f, role) for ds, role in ((contract, "i"), (free, "o")) for d in ds for f in view.own(d)]
+            [
+                (f, role)
+                for ds, role in ((contract, "i"), (free, "o"))
+                for d in ds
+                for f in view.own(d)
+            ]
             for view in weight.views
         ]
         uses.product(weight, roles, Data())
@@ -214,7 +228,9 @@ def _with_constant(
                 tuple(Factor(a, 0, n) for a in inner) if d is None and n > 1 and inner else axis
                 for d, n, axis in zip(ours, shape, moved.axes, strict=True)
             )
-            moved = moved._replace(axes=axes, gone=view.gone + tuple((Factor(a, 0, 1), "c") for a in inner))
+            moved = moved._replace(
+                axes=axes, gone=view.gone + tuple((Factor(a, 0, 1), "c") for a in inner)
+            )
         views.append(moved)
     return Weight(tuple(views), weight.data._replace(flat=frozenset()) if weight.data else None)
 
@@ -262,7 +278,9 @@ def convolution(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
         if isinstance(data, Constant) and isinstance(kernel, Constant):
             return Constant()
         parts = [part for part in (data, kernel) if isinstance(part, Data)]
-        suspects = {v.source for v in parts[-1].views if _as_weight(v, [inside, *window], [], [out])}
+        suspects = {
+            v.source for v in parts[-1].views if _as_weight(v, [inside, *window], [], [out])
+        }
         result = _of_data(uses, parts)
         return result._replace(suspects=result.suspects | suspects, stacked=frozenset())
     letters = {inside: "i", **dict.fromkeys(window, "s")}
@@ -314,4 +332,3 @@ def reduce_scaled(uses: Uses, weight: Weight, axes: Dims, shape: Dims) -> Data |
         roles.append([(f, letters[d]) for d in letters for f in view.own(d)])
     keys = uses.product(weight, roles, data)
     return _result(uses, zip(weight.views, keys, strict=True), kept, shape, data, frozenset())
-

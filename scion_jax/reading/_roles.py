@@ -14,7 +14,7 @@ from scion_jax.labels import leaf_path
 from scion_jax.reading._control_flow import Reader
 from scion_jax.reading._primitives import RULES
 from scion_jax.reading._uses import EMBEDDING, MATRIX, UNKNOWN, VECTOR, WEAK, Use, Uses
-from scion_jax.reading._views import Constant, Data, Weight, whole
+from scion_jax.reading._views import Data, Weight, whole
 
 
 class Role(NamedTuple):
@@ -29,7 +29,7 @@ class Role(NamedTuple):
         first: Whether it takes the inputs, with no product before.
         last: Whether its result reaches the outputs, with no product after.
         used_at: Where it is used, such as `"dot_general model.py:41"`.
-        problem: For `"unknown"`, what is not known.
+        problem: For `"unknown"`, what is not known; for complex numbers, that no norm is.
     """
 
     path: str
@@ -107,12 +107,15 @@ def read_roles(
     found: dict[int, list[tuple[Any, Use]]] = {}
     for key, use in uses.found.items():
         found.setdefault(use.source, []).append((key, use))
-    return [
-        _role(leaf_path(keys), leaf.shape, found.get(n, []), uses, pieces)
-        if variable in reached
-        else Role(leaf_path(keys), tuple(leaf.shape), "unused", "")
-        for n, ((keys, leaf), variable) in enumerate(zip(leaves, jaxpr.invars, strict=False))
-    ]
+    roles = []
+    for n, ((keys, leaf), variable) in enumerate(zip(leaves, jaxpr.invars, strict=False)):
+        role = Role(leaf_path(keys), tuple(leaf.shape), "unused", "")
+        if variable in reached:
+            role = _role(role.path, role.shape, found.get(n, []), uses, pieces)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating) and not role.problem:
+            role = role._replace(problem="no norm is known for complex numbers")
+        roles.append(role)
+    return roles
 
 
 def _role(
@@ -135,7 +138,9 @@ def _role(
     if problems:
         return unknown._replace(problem=problems[0])
     if any(("suspected", key) in uses.notes for key, _ in counted):
-        return unknown._replace(problem="its result is used as a weight: data may change it, or mix it")
+        return unknown._replace(
+            problem="its result is used as a weight: data may change it, or mix it"
+        )
     kinds = {use.kind for _, use in counted}
     if kinds == {WEAK} and any(use.problem for _, use in counted):
         return unknown._replace(problem=next(use.problem for _, use in counted if use.problem))
@@ -208,14 +213,20 @@ def _parts(
         size = shape[axis]
         if letter not in ("i", "o") or size < 2:
             continue
-        groups = [use.letters[axis] == "g" and size or use.groups[axis] for _, use in entries]
+        groups = [(use.letters[axis] == "g" and size) or use.groups[axis] for _, use in entries]
         spans = {use.spans[axis] for _, use in entries}
         if axis == outermost:
             spans = {piece[axis] for key, _ in entries for piece in pieces.get(key, ())} or spans
         if max(groups) > 1:
             texts[axis] = f"[{groups[0]}]" if len(set(groups)) == 1 else ""
             continue
-        if vector and axis == 0 and len(shape) > 1 and (0, size) not in spans and "o" in letters[1:]:
+        if (
+            vector
+            and axis == 0
+            and len(shape) > 1
+            and (0, size) not in spans
+            and "o" in letters[1:]
+        ):
             letters[axis] = "b"  # rows that are used apart
             continue
         sizes = _tiles(spans, size)

@@ -48,7 +48,9 @@ def broadcast_in_dim(uses: Uses, equation: Any, values: Sequence[Value]) -> Valu
     old, new = _shapes(equation)
     places = equation.params["broadcast_dimensions"]
     if isinstance(values[0], Constant) and values[0].value is not None and math.prod(new) <= 64:
-        value = np.reshape(values[0].value, [old[places.index(d)] if d in places else 1 for d in range(len(new))])
+        value = np.reshape(
+            values[0].value, [old[places.index(d)] if d in places else 1 for d in range(len(new))]
+        )
         return Constant(np.broadcast_to(value, new), ())
     dims = [places.index(d) if d in places else None for d in range(len(new))]
     value = restructured(values[0], lambda view: view.moved(dims, new), dims)
@@ -57,7 +59,11 @@ def broadcast_in_dim(uses: Uses, equation: Any, values: Sequence[Value]) -> Valu
     flat = {d for d, n in enumerate(new) if n > 1 and (dims[d] is None or old[dims[d]] == 1)}
     if isinstance(value, Data):
         return value._replace(flat=value.flat | flat) if flat else value
-    return value._replace(data=value.data._replace(flat=value.data.flat | flat)) if value.data else value
+    return (
+        value._replace(data=value.data._replace(flat=value.data.flat | flat))
+        if value.data
+        else value
+    )
 
 
 def transpose(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
@@ -164,12 +170,17 @@ def _together(uses: Uses, values: Sequence[Value], axis: int, new: Sequence[int]
         data = [weight.data for weight in weights if weight.data]
         if not data:
             return Weight(foremost(views))
-    datas += [uses.settle(w) if w.data else uses.entrywise(w, datas[0] if datas else None) for w in weights]
+    datas += [
+        uses.settle(w) if w.data else uses.entrywise(w, datas[0] if datas else None)
+        for w in weights
+    ]
     views = [view for data in datas for view in data.views]
     along = [view for view in views if view.own(axis)]
     for source in dict.fromkeys(view.source for view in along):  # pieces put together again
         spans = [v.spans() for v in along if v.source == source]
-        hull = tuple((min(a), max(b)) for a, b in (zip(*s, strict=True) for s in zip(*spans, strict=True)))
+        hull = tuple(
+            (min(a), max(b)) for a, b in (zip(*s, strict=True) for s in zip(*spans, strict=True))
+        )
         uses.note("piece", [source], hull)
     joined = combined(datas)
     kept = tuple(v.spread(axis, new[axis]) for v in joined.views if not v.own(axis))
@@ -225,7 +236,10 @@ def dynamic_slice(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     cuts = [d for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
     known = [s.value if isinstance(s, Constant) else None for s in starts]
     if all(known[d] is not None for d in cuts):
-        bounds = [(int(k) if d in cuts else 0, (int(k) if d in cuts else 0) + n, 1) for d, (k, n) in enumerate(zip(known, new, strict=True))]
+        bounds = [
+            (int(k) if d in cuts else 0, (int(k) if d in cuts else 0) + n, 1)
+            for d, (k, n) in enumerate(zip(known, new, strict=True))
+        ]
         return _cut(value, old, new, bounds)
     return _looked_up(uses, value, starts, cuts, range(len(old)), old, new)
 
@@ -274,26 +288,41 @@ def _rearranged(view: View, cuts: Sequence[int], dims: Dims, new: Sequence[int])
         tuple(Factor(a, -1, n) for a in own) if d is None and n > 1 and own else axis
         for d, n, axis in zip(dims, new, moved.axes, strict=True)
     )
-    lost = [f for d in range(len(view.axes)) if d not in dims and d not in cuts for f in view.own(d)]
+    lost = [
+        f for d in range(len(view.axes)) if d not in dims and d not in cuts for f in view.own(d)
+    ]
     return view._replace(axes=axes, gone=view.gone + tuple((f, "b") for f in lost))
 
 
 def _looked_up(
-    uses: Uses, value: Value, index: Sequence[Value], cuts: Sequence[int], dims: Dims, old: Any, new: Any
+    uses: Uses,
+    value: Value,
+    index: Sequence[Value],
+    cuts: Sequence[int],
+    dims: Dims,
+    old: Any,
+    new: Any,
 ) -> Value:
     picks = [i for i in index if isinstance(i, Data)]
     for part in index:
         if isinstance(part, Weight):
             picks.append(Data())
     if isinstance(value, Constant):
-        return combined(picks)._replace(views=(), flat=frozenset(), onehot=None) if picks else Constant()
+        return (
+            combined(picks)._replace(views=(), flat=frozenset(), onehot=None)
+            if picks
+            else Constant()
+        )
     if isinstance(value, Data):
         parts = [value, *picks]
         views = [view for view in value.views if any(view.own(d) for d in cuts)]
         uses.consume(views)
         kept = () if picks else tuple(v for v in value.views if v not in views)
         value = restructured(value._replace(views=kept), lambda v: v.moved(dims, new), dims)
-        parts = [value, *(p._replace(views=(), flat=frozenset(), stacked=frozenset()) for p in picks)]
+        parts = [
+            value,
+            *(p._replace(views=(), flat=frozenset(), stacked=frozenset()) for p in picks),
+        ]
         return combined(parts)._replace(flat=frozenset(), onehot=None)  # pyright: ignore
     role = "p" if picks else "b"
     views = []
@@ -317,13 +346,22 @@ def _looked_up(
 
 def update(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     """Puts entries into an array."""
-    operand, updates = values[0], values[{"dynamic_update_slice": 1}.get(equation.primitive.name, 2)]
+    operand, updates = (
+        values[0],
+        values[{"dynamic_update_slice": 1}.get(equation.primitive.name, 2)],
+    )
     placed = [v for v in values if v is not operand and v is not updates]
-    if isinstance(operand, Weight) and isinstance(updates, Constant) and all(isinstance(v, Constant) for v in placed):
+    if (
+        isinstance(operand, Weight)
+        and isinstance(updates, Constant)
+        and all(isinstance(v, Constant) for v in placed)
+    ):
         return operand  # some entries set to constants
     if isinstance(operand, Constant) and isinstance(updates, Weight) and not updates.data:
         shape = equation.outvars[0].aval.shape
-        if len(shape) == len(updates.views[0].axes) and all(isinstance(v, Constant) for v in placed):
+        if len(shape) == len(updates.views[0].axes) and all(
+            isinstance(v, Constant) for v in placed
+        ):
             return Weight(tuple(_placed(view, shape) for view in updates.views))
     if isinstance(updates, Weight) and isinstance(operand, Data) and not updates.data:
         updates = uses.entrywise(updates, operand)
@@ -345,7 +383,9 @@ def unknown(uses: Uses, equation: Any, values: Sequence[Value]) -> Any:
             if value.picked:
                 parts.append(uses.settle(value))
                 continue
-            uses.refuse(value, f"{equation.primitive.name} is not an operation that reading follows")
+            uses.refuse(
+                value, f"{equation.primitive.name} is not an operation that reading follows"
+            )
             parts.append(value.data or Data())
         elif isinstance(value, Data):
             parts.append(value)

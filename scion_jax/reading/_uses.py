@@ -251,9 +251,7 @@ def _composed(view: View) -> bool:
     return any(role in "IO" for _, role in view.gone)
 
 
-def _axis_role(
-    roles: Sequence[tuple[Factor, str]], axis: int, size: int
-) -> tuple[str | None, int]:
+def _axis_role(roles: Sequence[tuple[Factor, str]], axis: int, size: int) -> tuple[str | None, int]:
     """Finds the letter of an axis, and into how many equal matrices it falls."""
     found = [(f.stride, f.size, role) for f, role in roles if f.axis == axis]
     if any(n > 1 for _, n, _ in found):
@@ -278,7 +276,9 @@ def _axis_role(
 
 def _fill(letters: list[str | None], shape: Sequence[int]) -> str:
     """Completes the letters of a product, with axes of size one; returns the kind."""
-    spare = [a for a, (x, n) in enumerate(zip(letters, shape, strict=True)) if x in _FREE and n == 1]
+    spare = [
+        a for a, (x, n) in enumerate(zip(letters, shape, strict=True)) if x in _FREE and n == 1
+    ]
     if "g" in letters and ("o" in letters or spare):  # each channel is a matrix of its own
         if "o" not in letters:
             letters[spare.pop()] = "o"

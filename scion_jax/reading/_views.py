@@ -76,9 +76,7 @@ class View(NamedTuple):
             d for d, axis in enumerate(self.axes) if any(a != PLAIN and n > 1 for a, _, n in axis)
         )
 
-    def moved(
-        self, dims: Sequence[int | None], sizes: Sequence[int], role: str = "b"
-    ) -> View:
+    def moved(self, dims: Sequence[int | None], sizes: Sequence[int], role: str = "b") -> View:
         """Puts axes elsewhere: `dims` names the old axis of every new one, None for a new one.
 
         Those that are not named are gone, with a role; so are those that are broadcast.
@@ -129,7 +127,7 @@ class View(NamedTuple):
         if not axis or size == _size(axis):
             return self
         outer, inner = axis[0], _size(axis[1:])
-        if outer.stride * step <= 0 and outer.axis != PLAIN or (start % inner or size % inner):
+        if (outer.stride * step <= 0 and outer.axis != PLAIN) or (start % inner or size % inner):
             return self.spread(dim, size)
         begin = list(self.start)
         if outer.axis != PLAIN:

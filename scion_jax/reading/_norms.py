@@ -1,0 +1,215 @@
+"""Norms from roles: rules over the last layer over the first over what a parameter is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from scion_jax._assignment import Assignment, Entry
+from scion_jax.hyperparameters import level_of_the_caller
+from scion_jax.labels import nearest, without_collection
+from scion_jax.norms import BiasRMS, ColNorm, Norm, Spectral
+from scion_jax.norms.layout import candidates
+from scion_jax.reading._roles import Role, read_roles
+
+_SWAPPED = str.maketrans("io", "oi")
+
+
+def infer_norms(
+    function: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    last: Norm | None,
+    hidden: Norm = Spectral(),
+    first: Norm | None = None,
+    embeddings: Norm = ColNorm(),
+    vectors: Norm = BiasRMS(),
+    rules: Mapping[str, Norm] = {},
+    has_aux: bool = False,
+) -> Assignment:
+    """Chooses a norm and a layout for every parameter of a program, from what that does with them.
+
+    The program is traced, and nothing is computed. Each parameter gets the first of these that
+    holds: the norm of the first rule whose pattern is found in its path; `last`, if its result
+    reaches the outputs with no product after; `first`, if it takes the inputs; `embeddings`, if it
+    is looked up; `vectors`, if it is added or multiplied entry by entry; `hidden`. Layouts are the
+    program's, see `read_roles`, unless a rule's norm has one.
+
+    Args:
+        function: The loss, or the forward pass, as for `jax.value_and_grad`.
+        params: Its parameters: any tree of arrays or `jax.ShapeDtypeStruct`s, of which the leaves
+            that are no floating arrays belong to the program; or an NNX module.
+        *inputs: Its other arguments; arrays or shapes in them are data. What the function closes
+            over is constant, so inputs and keys must be here.
+        last: Norm of the output layer, or None if there is none, or `rules` have it. A tied
+            embedding is one; it does not start at zero.
+        hidden: Norm of matrices and convolutions.
+        first: Norm of the first layers; None for `hidden` with `max=True`, if it is `Spectral`.
+        embeddings: Norm of what is looked up.
+        vectors: Norm of biases, gains, learned tokens and tables of positions.
+        rules: Norms by regular expressions, which are searched for in the `/`-joined path (a
+            leading `params/` may be left out). They mean matrices; one that finds no matrix means
+            vectors.
+        has_aux: Whether the function returns a pair, of which the second is no part of the loss.
+
+    Returns:
+        Norms and labels as one value, to be given as `norms` to optimizers, `init_params`,
+        `describe` and the diagnostics.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a parameter cannot be read, or there is no output layer for `last`, or
+            several that differ, or a rule finds nothing. The message names all of them, what was
+            done with them and where, and what to write.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, scion_jax
+        >>> def loss(params, tokens):
+        ...     x = jax.nn.relu(params["embed"][tokens] @ params["hidden"] + params["bias"])
+        ...     return -jnp.mean(jax.nn.log_softmax(x @ params["head"]))
+        >>> params = {"bias": jnp.zeros(32), "embed": jnp.ones((50, 16)),
+        ...           "head": jnp.ones((32, 50)), "hidden": jnp.ones((16, 32))}
+        >>> norms = infer_norms(loss, params, jnp.zeros(8, int), last=scion_jax.Sign(16.0))
+        >>> norms.labels(params)
+        {'bias': 'vectors o', 'embed': 'embedding io', 'head': 'last io', 'hidden': 'hidden io'}
+        >>> optimizer = scion_jax.scion(1e-3, norms)
+
+    Source: [S] Pethick et al., arXiv:2502.07529, Recommendation 3.1.
+    """
+    given = {"hidden": hidden, "embeddings": embeddings, "vectors": vectors}
+    given |= {name: norm for name, norm in (("last", last), ("first", first)) if norm is not None}
+    for name, norm in given.items():
+        _check_norm(name, norm)
+    patterns = _read_rules(rules)
+    roles = read_roles(function, params, *inputs, has_aux=has_aux)
+    found = _matched(patterns, roles)
+    if first is None:
+        first = dataclasses.replace(hidden, max=True) if isinstance(hidden, Spectral) else hidden
+    _check_last(last, [role for role in roles if role.last and role.path not in found])
+
+    entries, problems = [], []
+    for role in roles:
+        pattern = found.get(role.path)
+        if pattern is not None and rules[pattern].layout is not None:
+            name, norm, layout = repr(pattern), rules[pattern], rules[pattern].layout
+        elif role.problem:
+            problems.append(_what_to_write(role))
+            continue
+        elif pattern is not None:
+            name, norm, layout = repr(pattern), rules[pattern], role.layout
+        else:
+            name, norm, layout = _by_kind(role, last, hidden, first, embeddings, vectors)
+        norm = dataclasses.replace(norm, layout=layout)
+        norm.read(role.shape, f"leaf '{role.path}'")
+        entries.append(Entry(role.path, role.shape, f"{name} {layout}", norm, role.used_at))
+    if problems:
+        raise ValueError(
+            "the program does not tell what these parameters are; give each a rule whose norm has "
+            "a layout, one letter per axis (i input, o output, s window, b batch), or leave it out "
+            "of the parameters:\n  " + "\n  ".join(problems)
+        )
+    if idle := [role.path for role in roles if role.kind == "unused" and role.path not in found]:
+        warnings.warn(
+            f"no gradient reaches {', '.join(map(repr, idle))}: leave them out of the parameters, "
+            "or pass what they depend on as an argument",
+            UserWarning,
+            stacklevel=level_of_the_caller(),
+        )
+    return Assignment(tuple(entries))
+
+
+def _by_kind(
+    role: Role, last: Norm | None, hidden: Norm, first: Norm, embeddings: Norm, vectors: Norm
+) -> tuple[str, Norm, str]:
+    """Finds the first word of the label, the norm and the layout where no rule holds."""
+    if role.kind == "unused":
+        return "unused", vectors, "o" * max(len(role.shape), 1)
+    if role.kind == "vector":
+        return "vectors", vectors, role.layout
+    if role.kind == "embedding":
+        return "embedding", embeddings, role.layout
+    if role.kind == "tied" and last is None:
+        return "embedding", embeddings, role.layout.translate(_SWAPPED)
+    if role.kind == "tied":  # a head may start at zero, an embedding must not
+        zero = {"zero_init": False} if hasattr(last, "zero_init") else {}
+        return "last", dataclasses.replace(last, **zero), role.layout
+    if role.last and last is not None:
+        return "last", last, role.layout
+    return ("first", first, role.layout) if role.first else ("hidden", hidden, role.layout)
+
+
+def _check_norm(name: str, norm: object) -> None:
+    if not isinstance(norm, Norm):
+        raise TypeError(f"{name} is a Norm such as Spectral(50.0); got {norm!r}")
+    if norm.layout is not None:
+        raise ValueError(
+            f"{name}={norm}: layouts are the program's, one for each parameter; leave layout out, "
+            "or use rules for single parameters"
+        )
+
+
+def _read_rules(rules: Mapping[str, Norm]) -> dict[str, re.Pattern[str]]:
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules map patterns of paths to norms; got {rules!r}")
+    patterns = {}
+    for pattern, norm in rules.items():
+        if not (isinstance(pattern, str) and isinstance(norm, Norm)):
+            raise TypeError(
+                f"rules map patterns of paths to norms, such as {{'^head': Sign(16.0)}}; got "
+                f"{pattern!r}: {norm!r}"
+            )
+        try:
+            patterns[pattern] = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"rules[{pattern!r}]: not a regular expression ({error})") from error
+    return patterns
+
+
+def _matched(patterns: Mapping[str, re.Pattern[str]], roles: Sequence[Role]) -> dict[str, str]:
+    """Finds the rule of every parameter that has one."""
+    found: dict[str, str] = {}
+    for pattern, expression in patterns.items():
+        hits = [
+            r for r in roles if any(map(expression.search, (r.path, without_collection(r.path))))
+        ]
+        meant = [role for role in hits if role.kind != "vector"] or hits
+        new = [role.path for role in meant if role.path not in found]
+        if not new:
+            closest = nearest(pattern, [role.path for role in roles])
+            why = (
+                f"only finds parameters of rules before it, such as '{meant[0].path}'; leave it "
+                "out, or put it first"
+                if meant
+                else "finds no parameter" + (f"; the nearest is '{closest}'" if closest else "")
+            )
+            raise ValueError(f"rules[{pattern!r}] {why}")
+        found |= dict.fromkeys(new, pattern)
+    return found
+
+
+def _check_last(last: Norm | None, candidates: Sequence[Role]) -> None:
+    if last is None:
+        return
+    if not candidates:
+        raise ValueError(
+            "no matrix has a result that reaches the outputs with no product after it, so there is "
+            "no output layer for last: write last=None, and rules={'^path$': …} for what you mean"
+        )
+    if len({(role.layout, role.shape) for role in candidates}) > 1:
+        listed = ", ".join(f"'{role.path}' {role.shape}" for role in candidates)
+        raise ValueError(
+            f"several parameters could be the output layer: {listed}; write last=None, and rules="
+            f"{{'^{re.escape(candidates[0].path)}$': {last}, …}} for each of them"
+        )
+
+
+def _what_to_write(role: Role) -> str:
+    used = f", used at {', '.join(role.used_at)}" if role.used_at else ""
+    path = re.escape(without_collection(role.path))
+    return (
+        f"'{role.path}' of shape {role.shape}: {role.problem}{used}; "
+        f"{candidates(role.shape)}, as in rules={{'^{path}$': Spectral(layout='…')}}"
+    )
