@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from scion_jax.reading._elementwise import combined
+from scion_jax.reading._elementwise import combined, unknown
 from scion_jax.reading._live import CALLS, Liveness, body, scan_counts, scan_outputs
-from scion_jax.reading._structure import restructured, unknown
+from scion_jax.reading._structure import restructured
 from scion_jax.reading._uses import Uses
 from scion_jax.reading._views import Constant, Data, Value, Weight
 

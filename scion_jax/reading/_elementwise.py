@@ -29,102 +29,22 @@ from scion_jax.reading._views import (
 
 # Linear in its only operand, so that what data picked or scaled is still what it was.
 LINEAR = frozenset(
-    [
-        "neg",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "real",
-        "imag",
-        "conj",
-        "reduce_precision",
-        "device_put",
-        "sharding_constraint",
-        "mesh_cast",
-        "reshard",
-        "layout_constraint",
-        "name",
-        "pvary",
-        "pcast",
-        "ppermute",
-    ]
+    """neg convert_element_type copy copy_p real imag conj reduce_precision device_put
+    sharding_constraint mesh_cast reshard layout_constraint name pvary pcast ppermute""".split()
 )
 UNARY = frozenset(
-    [
-        "abs",
-        "exp",
-        "exp2",
-        "log",
-        "log1p",
-        "log2",
-        "expm1",
-        "tanh",
-        "sin",
-        "cos",
-        "tan",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "asinh",
-        "acosh",
-        "atanh",
-        "sqrt",
-        "rsqrt",
-        "cbrt",
-        "logistic",
-        "erf",
-        "erfc",
-        "erf_inv",
-        "integer_pow",
-        "square",
-        "one_minus_square",
-        "not",
-        "lgamma",
-        "digamma",
-        "bessel_i0e",
-        "bessel_i1e",
-        "is_finite",
-        "round",
-        "floor",
-        "ceil",
-        "sign",
-        "population_count",
-        "clz",
-        "bitcast_convert_type",
-    ]
+    """abs exp exp2 log log1p log2 expm1 tanh sin cos tan asin acos atan sinh cosh asinh acosh atanh
+    sqrt rsqrt cbrt logistic erf erfc erf_inv integer_pow square one_minus_square not lgamma digamma
+    bessel_i0e bessel_i1e is_finite round floor ceil sign population_count clz
+    bitcast_convert_type""".split()
 )
-SUMS = frozenset(["add", "sub", "add_any", "max", "min", "select_n"])
+SUMS = frozenset("add sub add_any max min select_n".split())
 SEVERAL = SUMS | frozenset(
-    [
-        "mul",
-        "div",
-        "pow",
-        "rem",
-        "atan2",
-        "nextafter",
-        "clamp",
-        "complex",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "and",
-        "or",
-        "xor",
-        "shift_left",
-        "shift_right_logical",
-        "shift_right_arithmetic",
-        "igamma",
-        "igammac",
-        "polygamma",
-    ]
+    """mul div pow rem atan2 nextafter clamp complex eq ne lt le gt ge and or xor shift_left
+    shift_right_logical shift_right_arithmetic igamma igammac polygamma""".split()
 )
 # No gradient goes through these.
-FLAT = frozenset(["stop_gradient", "round", "floor", "ceil", "sign", "is_finite"])
+FLAT = frozenset("stop_gradient round floor ceil sign is_finite".split())
 
 _FOLDED = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "lt": np.less, "ge": np.greater_equal,
@@ -353,3 +273,24 @@ def _fold(name: str, values: Sequence[Value], shapes: Sequence[Any]) -> Constant
     if name in _FOLDED and all(value is not None for value in known):
         return Constant(np.asarray(_FOLDED[name](*known)), iota)
     return Constant(None, iota)
+
+
+def unknown(uses: Uses, equation: Any, values: Sequence[Value]) -> Any:
+    """What no rule is known for: data goes on, and parameters are refused."""
+    parts = []
+    for value in values:
+        if isinstance(value, Weight):
+            if value.picked:
+                parts.append(uses.settle(value))
+                continue
+            uses.refuse(
+                value, f"{equation.primitive.name} is not an operation that reading follows"
+            )
+            parts.append(value.data or Data())
+        elif isinstance(value, Data):
+            parts.append(value)
+    if not parts:
+        return [Constant()] * len(equation.outvars)
+    uses.consume(view for part in parts for view in part.views)
+    bare = [p._replace(views=(), flat=frozenset(), stacked=frozenset(), onehot=None) for p in parts]
+    return [combined(bare)] * len(equation.outvars)

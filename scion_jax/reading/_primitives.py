@@ -31,16 +31,19 @@ def _iota(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     return Constant(None, (equation.params["dimension"],))
 
 
+_REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"
+_ALONG_AXES = "rev cumsum cumprod cummax cummin cumlogsumexp fft tile"
+
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LINEAR | UNARY | SEVERAL, elementwise),
-    **dict.fromkeys(
-        ["optimization_barrier", "psum", "psum2", "psum_invariant", "pmax", "pmin"], _each
-    ),
+    **dict.fromkeys("optimization_barrier psum psum2 psum_invariant pmax pmin".split(), _each),
+    **dict.fromkeys(_REDUCTIONS.split(), structure.reduce),
+    **dict.fromkeys(_ALONG_AXES.split(), structure.same_axes),
+    **dict.fromkeys("scatter scatter-add dynamic_update_slice".split(), structure.update),
     "stop_gradient": _stop,
     "iota": _iota,
     "dot_general": products.dot_general,
     "ragged_dot_general": products.ragged_dot,
-    "ragged_dot": products.ragged_dot,
     "conv_general_dilated": products.convolution,
     "reshape": structure.reshape,
     "broadcast_in_dim": structure.broadcast_in_dim,
@@ -54,24 +57,4 @@ RULES: Mapping[str, Rule] = {
     "pad": structure.pad,
     "gather": structure.gather,
     "dynamic_slice": structure.dynamic_slice,
-    **dict.fromkeys(
-        [
-            "reduce_sum",
-            "reduce_max",
-            "reduce_min",
-            "reduce_prod",
-            "reduce_and",
-            "reduce_or",
-            "argmax",
-            "argmin",
-        ],
-        structure.reduce,
-    ),
-    **dict.fromkeys(
-        ["rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "fft", "tile"],
-        structure.same_axes,
-    ),
-    **dict.fromkeys(
-        ["scatter", "scatter_add", "scatter-add", "dynamic_update_slice"], structure.update
-    ),
 }

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from scion_jax.reading._elementwise import combined, foremost, merged
+from scion_jax.reading._elementwise import combined, foremost, merged, unknown
 from scion_jax.reading._uses import MATRIX, VECTOR, Uses
 from scion_jax.reading._views import (
     LOST,
@@ -33,272 +33,227 @@ from scion_jax.reading._views import (
 Dims = Sequence[int]
 
 
+class _Sums(NamedTuple):
+    """Which axes a product takes together, of its left and of its right operand.
+
+    Attributes:
+        contract: Axes that are summed over.
+        batch: Axes that both share.
+        free: All others.
+        places: For each axis of the result the axis of the operand, or None.
+        shape: Shape of the result.
+    """
+
+    contract: Sequence[Dims]
+    batch: Sequence[Dims]
+    free: Sequence[Dims]
+    places: Sequence[Sequence[int | None]]
+    shape: Dims
+
+
 def dot_general(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     """Follows a product over any axes."""
     contract, batch = equation.params["dimension_numbers"]
-    return _dot(uses, equation, values, contract, batch)
+    ranks = [len(atom.aval.shape) for atom in equation.invars]
+    return _dot(uses, values, _sums(contract, batch, ranks, equation.outvars[0].aval.shape))
 
 
 def ragged_dot(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     """Follows a product of each row with the matrix of its group."""
-    numbers = equation.params["ragged_dot_dimension_numbers"]
-    contract, batch = numbers.dot_dimension_numbers
-    groups = tuple(numbers.rhs_group_dimensions)
-    left, right, *_ = values
+    numbers, shape = equation.params["ragged_dot_dimension_numbers"], equation.outvars[0].aval.shape
+    groups, (left, right, *_) = numbers.rhs_group_dimensions, values
     if not isinstance(right, Weight) or not isinstance(left, Data):
-        return _of_data(uses, [value for value in values if not isinstance(value, Constant)])
-    views = tuple(view.without(groups, "b") for view in right.views)
-    moved = [[d - sum(g < d for g in groups) for d in dims] for dims in (contract[1], batch[1])]
-    pair = [left, right._replace(views=views)]
-    return _dot(uses, equation, pair, (contract[0], moved[0]), (batch[0], moved[1]))
+        return unknown(uses, equation, values)[0]
+    sizes = equation.invars[1].aval.shape
+    kept = [d for d in range(len(sizes)) if d not in groups]
+    views = tuple(view.moved(kept, [sizes[d] for d in kept]) for view in right.views)
+    (left_sum, right_sum), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    contract = left_sum, [kept.index(d) for d in right_sum]
+    batch = left_batch, [kept.index(d) for d in right_batch]
+    ranks = len(equation.invars[0].aval.shape), len(kept)
+    return _dot(uses, [left, right._replace(views=views)], _sums(contract, batch, ranks, shape))
 
 
-def _dot(uses: Uses, equation: Any, values: Sequence[Value], contract: Any, batch: Any) -> Value:
-    values = list(values)
-    ranks = [len(atom.aval.shape) for atom in equation.invars[:2]]
-    if any(isinstance(value, Weight) and value.data for value in values):
-        both = all(isinstance(value, Weight) for value in values)
-        for side, value in enumerate(values):
-            if isinstance(value, Weight) and value.data:
-                free = value.dims() - set(contract[side]) - set(batch[side])
-                if both or (value.picked and not (free and value.dims() & set(contract[side]))):
-                    values[side] = uses.settle(value)
-    dims = [(contract[s], batch[s], _free(contract[s], batch[s], ranks[s])) for s in (0, 1)]
-    for side in (0, 1):
-        if isinstance(values[side], Weight):
-            rank = len(values[side].views[0].axes)  # a ragged dot has lost the axis of its groups
-            dims[side] = (contract[side], batch[side], _free(contract[side], batch[side], rank))
-    kinds = {type(value) for value in values}
-    if kinds == {Constant}:
-        return Constant()
-    if Weight not in kinds:
-        return _of_data(uses, values, dims)
-    if kinds == {Weight}:
-        return _composed(values, dims, equation.outvars[0].aval.shape)
-    side = 0 if isinstance(values[0], Weight) else 1
-    weight, other = values[side], values[1 - side]
-    assert isinstance(weight, Weight)
-    if isinstance(other, Constant):
-        return _with_constant(uses, weight, side, dims, equation.outvars[0].aval.shape)
-    assert isinstance(other, Data)
-    theirs = dims[1 - side]
-    if other.onehot is not None and other.onehot in theirs[0]:
-        picked = dims[side][0][list(theirs[0]).index(other.onehot)]
-        if len(theirs[0]) == 1 and not weight.data:
-            return _picked(weight, other, side, dims, equation.outvars[0].aval.shape)
-        weight = weight._replace(views=tuple(_relabel(v, picked) for v in weight.views))
-    return _with_data(uses, weight, other, side, dims, equation.outvars[0].aval.shape)
+def _sums(contract: Any, batch: Any, ranks: Dims, shape: Dims) -> _Sums:
+    free = [
+        [d for d in range(rank) if d not in c and d not in b]
+        for c, b, rank in zip(contract, batch, ranks, strict=True)
+    ]
+    blanks = [[None] * len(dims) for dims in free]
+    places = [*batch[0], *free[0], *blanks[1]], [*batch[1], *blanks[0], *free[1]]
+    return _Sums(contract, batch, free, places, shape)
 
 
-def _with_data(
-    uses: Uses,
-    weight: Weight,
-    data: Data,
-    side: int,
-    dims: Sequence[tuple[Dims, Dims, Dims]],
-    shape: Dims,
-) -> Data:
-    contract, batch, free = dims[side]
-    theirs = dims[1 - side]
-    stacked = {mine for mine, other in zip(batch, theirs[1], strict=True) if other in data.stacked}
+def _dot(uses: Uses, values: Sequence[Value], sums: _Sums) -> Value:
+    weights = [value for value in values if isinstance(value, Weight)]
+    values = [
+        uses.settle(value)
+        if isinstance(value, Weight) and _is_data(value, n, sums, weights)
+        else value
+        for n, value in enumerate(values)
+    ]
+    match values:
+        case Weight(), Weight():
+            return _composed(values, sums)
+        case Weight() as weight, Constant():
+            return _rearranged(uses, weight, 0, sums)
+        case Constant(), Weight() as weight:
+            return _rearranged(uses, weight, 1, sums)
+        case Weight() as weight, Data() as data:
+            return _with_data(uses, weight, data, 0, sums)
+        case Data() as data, Weight() as weight:
+            return _with_data(uses, weight, data, 1, sums)
+        case Constant(), Constant():
+            return Constant()
+    return _of_data(uses, values, sums)
+
+
+def _is_data(weight: Weight, side: int, sums: _Sums, weights: Sequence[Weight]) -> bool:
+    """Whether what data picked or scaled is no weight here: a looked up row, say."""
+    inputs, outputs = weight.dims() & {*sums.contract[side]}, weight.dims() & {*sums.free[side]}
+    return weight.data is not None and (
+        len(weights) > 1 or weight.picked and not (inputs and outputs)
+    )
+
+
+def _with_data(uses: Uses, weight: Weight, data: Data, side: int, sums: _Sums) -> Value:
+    contract, batch, free = sums.contract[side], sums.batch[side], sums.free[side]
+    theirs, passed = sums.contract[1 - side], sums.places[1 - side]
     letters = {**dict.fromkeys(contract, "i"), **dict.fromkeys(free, "o")}
+    if data.onehot is not None and data.onehot in theirs:  # it picks entries of an axis
+        if len(theirs) == 1 and not weight.data:
+            views = tuple(v.moved(sums.places[side], sums.shape, "p") for v in weight.views)
+            flat = frozenset(n for n, d in enumerate(passed) if d is None)
+            return Weight(views, data.moved(passed)._replace(views=(), onehot=None, flat=flat))
+        letters[contract[list(theirs).index(data.onehot)]] = "b"
     alone = not weight.dims() & {*contract, *free}  # by batch axes alone: entry by entry
-    letters |= {dim: "o" if alone and dim not in stacked else "b" for dim in batch}
-    roles = [[(f, letters[d]) for d in letters for f in view.own(d)] for view in weight.views]
-    data = combined([weight.data, data._replace(flat=frozenset())]) if weight.data else data
-    for mine, other in zip(batch, theirs[1], strict=True):
+    for n, (mine, other) in enumerate(zip(batch, sums.batch[1 - side], strict=True)):
+        letters[mine] = "o" if alone and other not in data.stacked else "b"
         if not alone and any(view.own(mine) for view in weight.views):
+            data = data._replace(stacked=data.stacked | {other})
             for view in data.views:
                 for factor in view.own(other):
                     uses.note("stack", [view.source], factor.axis)
-    keys = uses.product(weight, roles, data, VECTOR if alone else MATRIX)
-    ours = [
-        *([None] * len(batch) if not alone else batch),
-        *(free if side == 0 else [None] * len(theirs[2])),
-    ]
-    ours += [None] * len(theirs[2]) if side == 0 else free
-    passed = [*theirs[1], *(theirs[2] if side == 1 else [None] * len(free))]
-    passed += theirs[2] if side == 0 else [None] * len(free)
-    views = zip(weight.views, keys, strict=True)
-    made = {n for n, d in enumerate(batch) if any(v.own(d) for v in weight.views)}
-    stacked = {n for n, d in enumerate(passed) if d in data.stacked} | (set() if alone else made)
-    return _result(uses, views, ours, shape, data, frozenset(stacked))
+    ours = [d if alone or d not in batch else None for d in sums.places[side]]
+    stacked = frozenset(n for n, d in enumerate(passed) if d in data.stacked)
+    roles = [[(f, letters[d]) for d in letters for f in view.own(d)] for view in weight.views]
+    kind = VECTOR if alone else MATRIX
+    return _product(uses, weight, roles, data, ours, sums.shape, kind)._replace(stacked=stacked)
 
 
-def _result(
+def _product(
     uses: Uses,
-    views: Any,
+    weight: Weight,
+    roles: Sequence[Sequence[tuple[Factor, str]]],
+    data: Data,
     dims: Sequence[int | None],
     shape: Dims,
-    data: Data,
-    stacked: frozenset[int],
+    kind: str = MATRIX,
 ) -> Data:
-    """The data that products make, with views of the weights that made it."""
-    used = [(view, key) for view, key in views if key is not None]
+    """Notes a product; returns its result, with views of the axes of the weight that are in it."""
+    if weight.data:
+        data = combined([weight.data._replace(flat=frozenset()), data._replace(flat=frozenset())])
+    keys = uses.product(weight, roles, data, kind)
     uses.note("suspected", data.suspects)
+    used = [(view, key) for view, key in zip(weight.views, keys, strict=True) if key is not None]
     made = tuple(view.moved(dims, shape)._replace(source=key, gone=()) for view, key in used)
     pending = frozenset(key for _, key in used) or uses.unfollowed(data.pending)
-    return Data(pending=pending, views=made, stacked=stacked, learned=data.learned)
+    return Data(pending=pending, views=made, learned=data.learned)
 
 
-def _of_data(uses: Uses, values: Sequence[Value], dims: Any = None) -> Data:
+def _of_data(uses: Uses, values: Sequence[Value], sums: _Sums) -> Data:
     """A product of data with data or a constant."""
-    parts = [uses.settle(v) if isinstance(v, Weight) else v for v in values]
-    parts = [part for part in parts if isinstance(part, Data)]
-    joined = combined([part._replace(flat=frozenset(), onehot=None) for part in parts])
-    stacked: set[int] = set()
-    suspects = joined.suspects
-    if dims is not None:
-        left, right = dims
-        order = [(0, d) for d in left[1]] + [(0, d) for d in left[2]] + [(1, d) for d in right[2]]
-        for side, value in enumerate(values):
-            if isinstance(value, Data):
-                suspects |= {v.source for v in value.views if _as_weight(v, *dims[side])}
-                lifted = dict(zip(dims[side][1], range(len(left[1])), strict=True))
-                lifted |= {d: n for n, (s, d) in enumerate(order) if s == side}
-                stacked |= {lifted[d] for d in value.stacked if d in lifted}
-    if len(parts) == 2 and joined.soft:
-        suspects = frozenset()
-    uses.consume(view for part in parts for view in part.views)
+    parts = [(value, side) for side, value in enumerate(values) if isinstance(value, Data)]
+    joined = combined([part._replace(flat=frozenset(), onehot=None) for part, _ in parts])
+    stacked, suspects = set(), joined.suspects
+    for part, side in parts:
+        stacked |= {n for n, d in enumerate(sums.places[side]) if d in part.stacked}
+        made = [v for v in part.views if _as_weight(v, sums.contract[side], sums.free[side])]
+        suspects |= {view.source for view in made}
+        uses.consume(part.views)
     return joined._replace(
-        views=(), stacked=frozenset(stacked), suspects=frozenset(suspects), soft=False,
-        pending=uses.unfollowed(joined.pending),
+        views=(), stacked=frozenset(stacked), soft=False, pending=uses.unfollowed(joined.pending),
+        suspects=frozenset() if len(parts) == 2 and joined.soft else suspects,
     )  # fmt: skip
 
 
-def _as_weight(view: View, contract: Dims, batch: Dims, free: Dims) -> bool:
+def _as_weight(view: View, contract: Dims, free: Dims) -> bool:
     """Whether a result serves as a weight: one axis is contracted, another one goes on."""
     inside = {f.axis for d in contract for f in view.own(d) if f.size > 1}
     outside = {f.axis for d in free for f in view.own(d) if f.size > 1}
     return any(a != b for a in inside for b in outside)
 
 
-def _composed(
-    values: Sequence[Value], dims: Sequence[tuple[Dims, Dims, Dims]], shape: Dims
-) -> Value:
+def _composed(values: Sequence[Any], sums: _Sums) -> Weight:
     """`A @ B`: the inner axis is the output of the first that data meets, so of the left one."""
-    left, right = values
-    assert isinstance(left, Weight) and isinstance(right, Weight)
-    sources = [{view.source for view in weight.views} for weight in (left, right)]
-    views: list[View] = []
+    shared = {view.source for view in values[0].views} & {view.source for view in values[1].views}
     moved = []
-    for side, weight in enumerate((left, right)):
-        contract, batch, free = dims[side]
-        order = [*batch, *([None] * len(dims[0][2]) if side else free)]
-        order += free if side else [None] * len(dims[1][2])
+    for side, weight in enumerate(values):
+        views = []
         for view in weight.views:
-            inner = any(view.own(d) for d in contract)
-            outer = any(view.own(d) for d in free)
-            sound = view.part == WHOLE and inner and outer and not sources[0] & sources[1]
-            part = view.part if sound or view.part != WHOLE or not contract else LOST
-            views.append(view.moved(order, shape, "OI"[side])._replace(part=part))
-        moved.append(Weight(tuple(views[-len(weight.views) :])))
-    if not dims[0][0]:  # nothing is contracted: entry by entry
+            inner, outer = (
+                any(view.own(d) for d in dims[side]) for dims in (sums.contract, sums.free)
+            )
+            unsound = view.part == WHOLE and not (inner and outer and not shared)
+            part = LOST if unsound and sums.contract[side] else view.part
+            views.append(view.moved(sums.places[side], sums.shape, "OI"[side])._replace(part=part))
+        moved.append(Weight(tuple(views)))
+    if not sums.contract[0]:  # entry by entry
         return merged("mul", moved) or moved[0]
-    return Weight(foremost(views))
+    return Weight(foremost([*moved[0].views, *moved[1].views]))
 
 
-def _with_constant(
-    uses: Uses, weight: Weight, side: int, dims: Sequence[tuple[Dims, Dims, Dims]], shape: Dims
-) -> Weight | Data:
-    """A constant matrix rearranges an axis, which keeps its role."""
-    contract, batch, free = dims[side]
-    others = len(dims[1 - side][2])
-    ours = [*batch, *([None] * others if side else free)]
-    ours += free if side else [None] * others
+def _rearranged(uses: Uses, weight: Weight, side: int, sums: _Sums) -> Weight | Data:
+    """A product with a constant rearranges an axis, which keeps its role, or sums over it."""
     if uses.transposed:  # the derivative of a sum of outputs
-        roles = [
-            [
-                (f, role)
-                for ds, role in ((contract, "i"), (free, "o"))
-                for d in ds
-                for f in view.own(d)
-            ]
-            for view in weight.views
-        ]
-        uses.product(weight, roles, Data())
-        return Data()
+        letters = {**dict.fromkeys(sums.contract[side], "i"), **dict.fromkeys(sums.free[side], "o")}
+        roles = [[(f, letters[d]) for d in letters for f in v.own(d)] for v in weight.views]
+        return _product(uses, weight, roles, Data(), sums.places[side], sums.shape)._replace(
+            views=()
+        )
+    new = [d is None and n > 1 for d, n in zip(sums.places[side], sums.shape, strict=True)]
     views = []
     for view in weight.views:
-        inner = {f.axis: None for d in contract for f in view.own(d)}
-        rearranged = any(d is None and shape[n] > 1 for n, d in enumerate(ours))
-        moved = view.moved(ours, shape, "-")
-        if rearranged:
+        inner = {f.axis: None for d in sums.contract[side] for f in view.own(d)}
+        moved = view.moved(sums.places[side], sums.shape, "-")
+        if inner and any(new):
+            gone = tuple((Factor(axis, 0, 1), "c") for axis in inner)
+            rows = [tuple(Factor(axis, 0, n) for axis in inner) for n in sums.shape]
             axes = tuple(
-                tuple(Factor(a, 0, n) for a in inner) if d is None and n > 1 and inner else axis
-                for d, n, axis in zip(ours, shape, moved.axes, strict=True)
+                r if is_new else axis for r, is_new, axis in zip(rows, new, moved.axes, strict=True)
             )
-            moved = moved._replace(
-                axes=axes, gone=view.gone + tuple((Factor(a, 0, 1), "c") for a in inner)
-            )
+            moved = moved._replace(axes=axes, gone=view.gone + gone)
         views.append(moved)
-    return Weight(tuple(views), weight.data._replace(flat=frozenset()) if weight.data else None)
-
-
-def _picked(weight: Weight, data: Data, side: int, dims: Any, shape: Dims) -> Weight:
-    """A product with one-hot data looks rows up."""
-    _, batch, free = dims[side]
-    theirs = dims[1 - side][2]
-    ours = [*batch, *([None] * len(theirs) if side else free)]
-    ours += free if side else [None] * len(theirs)
-    passed = [*dims[1 - side][1], *(theirs if side else [None] * len(free))]
-    passed += [None] * len(free) if side else theirs
-    views = tuple(view.moved(ours, shape, "p") for view in weight.views)
-    flat = frozenset(n for n, d in enumerate(passed) if d is None)
-    return Weight(views, data.moved(passed)._replace(views=(), onehot=None, flat=flat))
-
-
-def _relabel(view: View, dim: int) -> View:
-    """One of several contracted axes is picked by data: a stack."""
-    gone = tuple((f, "b") for f in view.own(dim))
-    axes = (*view.axes[:dim], (), *view.axes[dim + 1 :])
-    return view._replace(axes=axes, gone=view.gone + gone)
-
-
-def _free(contract: Dims, batch: Dims, rank: int) -> list[int]:
-    return [d for d in range(rank) if d not in contract and d not in batch]
+    return Weight(tuple(views), weight.data and weight.data._replace(flat=frozenset()))
 
 
 def convolution(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     """Follows a convolution: `rhs_spec` tells what is what in the kernel."""
-    numbers, groups = equation.params["dimension_numbers"], equation.params["feature_group_count"]
-    data, kernel = values
+    params, shape = equation.params, equation.outvars[0].aval.shape
+    numbers, (image, kernel) = params["dimension_numbers"], values
     out, inside, *window = numbers.rhs_spec
-    if isinstance(data, Weight):
-        if isinstance(kernel, Constant):  # a filter that does not learn
-            shape = equation.outvars[0].aval.shape
-            return data._replace(views=tuple(view.mixed(shape) for view in data.views))
-        if any(view.dims() & {numbers.lhs_spec[0]} for view in data.views):
-            uses.refuse(data, "it takes the place of the images in a convolution")
-        data = uses.entrywise(data)  # a learned image
-    if isinstance(kernel, Weight) and isinstance(data, Constant):
-        uses.refuse(kernel, "a constant takes the place of the image in its convolution")
-        return Data()
-    if not isinstance(kernel, Weight):
-        if isinstance(data, Constant) and isinstance(kernel, Constant):
-            return Constant()
-        parts = [part for part in (data, kernel) if isinstance(part, Data)]
-        suspects = {
-            v.source for v in parts[-1].views if _as_weight(v, [inside, *window], [], [out])
-        }
-        result = _of_data(uses, parts)
-        return result._replace(suspects=result.suspects | suspects, stacked=frozenset())
-    letters = {inside: "i", **dict.fromkeys(window, "s")}
-    roles, tags = [], []
-    if equation.params["batch_group_count"] != 1:
-        uses.refuse(kernel, "its convolution has groups of images")
-        return Data()
-    for view in kernel.views:
-        pairs = [(f, letters[d]) for d in letters for f in view.own(d)]
-        roles.append(pairs + _grouped(view.axes[out], groups))
-        tags.append(view)
-    data = combined([kernel.data._replace(flat=frozenset()), data]) if kernel.data else data
-    keys = uses.product(kernel, roles, data)
-    rank = len(equation.outvars[0].aval.shape)
-    ours: list[int | None] = [None] * rank
-    ours[numbers.out_spec[1]] = out
-    shape = equation.outvars[0].aval.shape
-    return _result(uses, zip(tags, keys, strict=True), ours, shape, data, frozenset())
+    if isinstance(image, Weight) and isinstance(kernel, Constant):  # a filter that does not learn
+        return image._replace(views=tuple(view.mixed(shape) for view in image.views))
+    if isinstance(image, Weight):
+        if any(view.dims() & {numbers.lhs_spec[0]} for view in image.views):
+            uses.refuse(image, "it takes the place of the images in a convolution")
+        image = uses.entrywise(image)  # a learned image
+    if isinstance(kernel, Weight):
+        if isinstance(image, Constant) or params["batch_group_count"] != 1:
+            return unknown(uses, equation, [image, kernel])[0]
+        letters = {inside: "i", **dict.fromkeys(window, "s")}
+        roles = [
+            [(f, letters[d]) for d in letters for f in view.own(d)]
+            + _grouped(view.axes[out], params["feature_group_count"])
+            for view in kernel.views
+        ]
+        places = [out if d == numbers.out_spec[1] else None for d in range(len(shape))]
+        return _product(uses, kernel, roles, image, places, shape)
+    if isinstance(image, Constant) and isinstance(kernel, Constant):
+        return Constant()
+    ranks = len(numbers.lhs_spec)
+    contract, free = ([], [inside, *window]), (list(range(ranks)), [out])
+    return _of_data(uses, values, _Sums(contract, ([], []), free, ([], []), shape))
 
 
 def _grouped(axis: Sequence[Factor], groups: int) -> list[tuple[Factor, str]]:
@@ -330,5 +285,4 @@ def reduce_scaled(uses: Uses, weight: Weight, axes: Dims, shape: Dims) -> Data |
         if not {"i", "o"} <= set(letters.values()):
             return None
         roles.append([(f, letters[d]) for d in letters for f in view.own(d)])
-    keys = uses.product(weight, roles, data)
-    return _result(uses, zip(weight.views, keys, strict=True), kept, shape, data, frozenset())
+    return _product(uses, weight._replace(data=None), roles, data, kept, shape)

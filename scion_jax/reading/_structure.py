@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scion_jax.reading._elementwise import combined, foremost, stopped
+from scion_jax.reading._elementwise import combined, foremost, stopped, unknown
 from scion_jax.reading._products import reduce_scaled
 from scion_jax.reading._uses import Uses
 from scion_jax.reading._views import Constant, Data, Factor, Value, View, Weight
@@ -373,24 +373,3 @@ def _placed(view: View, shape: Sequence[int]) -> View:
     for dim, size in enumerate(shape):
         view = view.spread(dim, size)
     return view
-
-
-def unknown(uses: Uses, equation: Any, values: Sequence[Value]) -> Any:
-    """What no rule is known for: data goes on, and parameters are refused."""
-    parts = []
-    for value in values:
-        if isinstance(value, Weight):
-            if value.picked:
-                parts.append(uses.settle(value))
-                continue
-            uses.refuse(
-                value, f"{equation.primitive.name} is not an operation that reading follows"
-            )
-            parts.append(value.data or Data())
-        elif isinstance(value, Data):
-            parts.append(value)
-    if not parts:
-        return [Constant()] * len(equation.outvars)
-    uses.consume(view for part in parts for view in part.views)
-    bare = [p._replace(views=(), flat=frozenset(), stacked=frozenset(), onehot=None) for p in parts]
-    return [combined(bare)] * len(equation.outvars)
