@@ -38,9 +38,9 @@ UNARY = frozenset(
     bessel_i0e bessel_i1e is_finite round floor ceil sign population_count clz
     bitcast_convert_type""".split()
 )
-SUMS = frozenset("add sub add_any max min select_n".split())
+SUMS = frozenset("add sub add_any max min select_n complex".split())
 SEVERAL = SUMS | frozenset(
-    """mul div pow rem atan2 nextafter clamp complex eq ne lt le gt ge and or xor shift_left
+    """mul div pow rem atan2 nextafter clamp eq ne lt le gt ge and or xor shift_left
     shift_right_logical shift_right_arithmetic igamma igammac polygamma""".split()
 )
 # No gradient goes through these.
@@ -70,11 +70,32 @@ def elementwise(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     if name == "div" and isinstance(values[1], Weight) and isinstance(values[0], Data):
         values[1] = _as_data(uses, values[1], values[0])  # 1 / W, times data
     weights = [value for value in values if isinstance(value, Weight)]
+    if weights and len(weights) < len(values):
+        values = _patterned(values, shapes, shape)
+        weights = [value for value in values if isinstance(value, Weight)]
     if weights:
         values = _meet(uses, name, values, weights)
         if isinstance(values, Weight):
             return values
     return _data(uses, name, values, shapes, shape)
+
+
+def _patterned(values: Sequence[Value], shapes: Sequence[Any], shape: Any) -> list[Value]:
+    """A weight that a constant changes along an axis varies along it: a diagonal, say."""
+    varying = {
+        dim
+        for value, old in zip(values, shapes, strict=True)
+        if isinstance(value, Constant) and len(old) == len(shape)
+        for dim, size in enumerate(old)
+        if size > 1
+    }
+    patterned: list[Value] = []
+    for value in values:
+        if isinstance(value, Weight) and varying - value.dims():
+            views = tuple(v.patterned(varying - v.dims(), shape) for v in value.views)
+            value = value._replace(views=views)
+        patterned.append(value)
+    return patterned
 
 
 def aligned(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
@@ -110,6 +131,9 @@ def combined(parts: Sequence[Data]) -> Data:
         soft=any(part.soft for part in parts),
         cotangent=all(part.cotangent for part in parts),
         learned=all(part.learned for part in parts),
+        composed=frozenset().union(*(part.composed for part in parts)),
+        outer=next((part.outer for part in parts if part.outer), ()),
+        chosen=frozenset().union(*(part.chosen for part in parts)),
     )
 
 
@@ -119,12 +143,12 @@ def _data(
     parts = [value for value in values if isinstance(value, Data)]
     data = combined(parts)
     if len(parts) > 1:
-        live = [v for v in data.views if not uses.consumed(v)]
+        live = [v for v in data.views if uses.is_table(v) or not uses.consumed(v)]
         if live and name in SUMS and name != "select_n":  # a residual stream is not cut into parts
             for view in live:
                 if any(_alone(view, part, live) for part in parts if view not in part.views):
                     uses.consume([view])
-            live = [v for v in live if not uses.consumed(v)]
+            live = [v for v in live if uses.is_table(v) or not uses.consumed(v)]
         pending = uses.unfollowed(data.pending)
         if len(live) < len(data.views) or len(pending) < len(data.pending):
             data = data._replace(views=tuple(live), pending=pending)
@@ -139,10 +163,19 @@ def _data(
     for value, old in zip(values, shapes, strict=True):
         if flat and isinstance(value, Constant) and len(old) == len(shape) > 0:
             flat = frozenset(d for d in flat if old[d] == 1)
+    if name == "mul" and len(parts) == 2 and flat_in_both(parts, len(shape)):
+        data = data._replace(outer=(parts[0].flat, parts[1].flat))
+    if name == "exp" and data.composed:  # scores of a learned query
+        uses.note("suspected", data.composed)
     soft = data.soft or (name == "exp" and bool(data.suspects))
     if (onehot, flat, soft) == (data.onehot, data.flat, data.soft):
         return data
     return data._replace(onehot=onehot, flat=flat, soft=soft)
+
+
+def flat_in_both(parts: Sequence[Data], rank: int) -> bool:
+    """Whether each of two data varies along axes along which the other does not."""
+    return all(part.flat - other.flat for part, other in (parts, parts[::-1])) and rank > 0
 
 
 _KEEPS_ONEHOT = LINEAR | {"mul", "and", "select_n"}
@@ -158,6 +191,13 @@ def _meet(
     uses: Uses, name: str, values: Sequence[Value], weights: Sequence[Weight]
 ) -> Weight | list[Value]:
     """What weights become: a weight, or data in their place."""
+    if len(weights) > 1 and any(weight.picked for weight in weights):
+        values = [
+            _as_data(uses, v, None) if isinstance(v, Weight) and v.picked else v for v in values
+        ]
+        weights = [value for value in values if isinstance(value, Weight)]
+    if not weights:
+        return values
     datas = [value for value in values if isinstance(value, Data)]
     if len(weights) == 1 and not datas:
         (weight,) = weights
@@ -168,7 +208,7 @@ def _meet(
         if weight.picked or len(weight.dims()) < 2:
             return [uses.settle(v) if v is weight else v for v in values]
         return Weight(tuple(_part(view, LOST) for view in weight.views), weight.data)
-    if not datas and all(w.data is None or not w.picked for w in weights):
+    if not datas:
         weight = merged(name, weights)
         if weight is not None:
             return weight
@@ -192,7 +232,9 @@ def _meet(
 
 
 def _as_data(uses: Uses, weight: Weight, data: Data | None, added: bool = True) -> Data:
-    if weight.picked and weight.data and not weight.data.fresh:  # rows that a router picked
+    chosen = weight.data.chosen if weight.data else frozenset()
+    itself = any(view.source in chosen for view in weight.views)  # the code nearest to data, say
+    if weight.picked and not (itself or weight.data.fresh):  # rows that a router picked
         gone = [tuple((f, "b" if r == "p" else r) for f, r in v.gone) for v in weight.views]
         views = tuple(v._replace(gone=g) for v, g in zip(weight.views, gone, strict=True))
         part = uses.entrywise(Weight(views), data or weight.data)

@@ -15,7 +15,7 @@ from scion_jax.reading import _structure as structure
 from scion_jax.reading._control_flow import Rule
 from scion_jax.reading._elementwise import LINEAR, SEVERAL, UNARY, elementwise, stopped
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._views import Constant, Value, Weight
+from scion_jax.reading._views import Constant, Data, Value, Weight
 
 
 def _each(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
@@ -24,7 +24,10 @@ def _each(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _stop(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
-    return stopped(values[0]) if isinstance(values[0], Weight) else values[0]
+    (value,) = values
+    if isinstance(value, Data):
+        return value._replace(pending=frozenset())
+    return stopped(value) if isinstance(value, Weight) else value
 
 
 def _iota(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:

@@ -1,13 +1,13 @@
 """Products: where weights are multiplied with data, and so what their axes are.
 
-A contracted axis of a weight is its input, an axis that it brings to the result its output, one that
-both operands share a batch of independent matrices.
+A contracted axis of a weight is its input, an axis that it brings to the result its output, one
+that both operands share a batch of independent matrices.
 
 Data may itself serve as a weight, as the result of one product does in attention. Where an axis of
 such a result is contracted while another one goes on, it may be that the parameter is not what it
-seems: a matrix that data shifts, a mixture of matrices, a hypernetwork. Attention looks the same but
-for what follows: scores go through an exponential and into another product of data. Any other end
-makes the parameter unknown.
+seems: a matrix that data shifts, a mixture of matrices, a hypernetwork. Attention looks the same
+but for what follows: scores go through an exponential and into another product of data. Any other
+end makes the parameter unknown.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scion_jax.reading._elementwise import combined, foremost, merged, unknown
-from scion_jax.reading._uses import MATRIX, VECTOR, Uses
+from scion_jax.reading._uses import MATRIX, VECTOR, Uses, composed
 from scion_jax.reading._views import (
     LOST,
+    MIXED,
     PLAIN,
     WHOLE,
     Constant,
@@ -62,6 +63,7 @@ def ragged_dot(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     """Follows a product of each row with the matrix of its group."""
     numbers, shape = equation.params["ragged_dot_dimension_numbers"], equation.outvars[0].aval.shape
     groups, (left, right, *_) = numbers.rhs_group_dimensions, values
+    left = uses.settle(left) if isinstance(left, Weight) and left.data else left
     if not isinstance(right, Weight) or not isinstance(left, Data):
         return unknown(uses, equation, values)[0]
     sizes = equation.invars[1].aval.shape
@@ -86,12 +88,22 @@ def _sums(contract: Any, batch: Any, ranks: Dims, shape: Dims) -> _Sums:
 
 def _dot(uses: Uses, values: Sequence[Value], sums: _Sums) -> Value:
     weights = [value for value in values if isinstance(value, Weight)]
-    values = [
-        uses.settle(value)
-        if isinstance(value, Weight) and _is_data(value, n, sums, weights)
-        else value
-        for n, value in enumerate(values)
+    sides = [isinstance(v, Weight) and _has_sides(v, n, sums) for n, v in enumerate(values)]
+    both = len(weights) == 2 and (all(sides) or not all(weight.data for weight in weights))
+    values = [  # a row that data looked up, say, is data, unless it serves as a weight
+        uses.settle(v)
+        if isinstance(v, Weight) and v.data and (both or (v.picked and not has_sides))
+        else v
+        for v, has_sides in zip(values, sides, strict=True)
     ]
+    weights = [value for value in values if isinstance(value, Weight)]
+    if len(weights) == 2:  # broadcast to a batch before, a learned token, and no weight
+        values = [
+            uses.entrywise(value)
+            if isinstance(value, Weight) and _is_token(value, n, sums)
+            else value
+            for n, value in enumerate(values)
+        ]
     match values:
         case Weight(), Weight():
             return _composed(values, sums)
@@ -108,12 +120,13 @@ def _dot(uses: Uses, values: Sequence[Value], sums: _Sums) -> Value:
     return _of_data(uses, values, sums)
 
 
-def _is_data(weight: Weight, side: int, sums: _Sums, weights: Sequence[Weight]) -> bool:
-    """Whether what data picked or scaled is no weight here: a looked up row, say."""
-    inputs, outputs = weight.dims() & {*sums.contract[side]}, weight.dims() & {*sums.free[side]}
-    return weight.data is not None and (
-        len(weights) > 1 or weight.picked and not (inputs and outputs)
-    )
+def _has_sides(weight: Weight, side: int, sums: _Sums) -> bool:
+    return all(weight.dims() & {*dims[side]} for dims in (sums.contract, sums.free))
+
+
+def _is_token(weight: Weight, side: int, sums: _Sums) -> bool:
+    sizes = {d: n for d, n in zip(sums.places[side], sums.shape, strict=True) if d is not None}
+    return any(sizes[d] > 1 and d not in weight.dims() for d in sums.free[side])
 
 
 def _with_data(uses: Uses, weight: Weight, data: Data, side: int, sums: _Sums) -> Value:
@@ -127,13 +140,13 @@ def _with_data(uses: Uses, weight: Weight, data: Data, side: int, sums: _Sums) -
             return Weight(views, data.moved(passed)._replace(views=(), onehot=None, flat=flat))
         letters[contract[list(theirs).index(data.onehot)]] = "b"
     alone = not weight.dims() & {*contract, *free}  # by batch axes alone: entry by entry
-    for n, (mine, other) in enumerate(zip(batch, sums.batch[1 - side], strict=True)):
+    for mine, other in zip(batch, sums.batch[1 - side], strict=True):
         letters[mine] = "o" if alone and other not in data.stacked else "b"
         if not alone and any(view.own(mine) for view in weight.views):
             data = data._replace(stacked=data.stacked | {other})
-            for view in data.views:
-                for factor in view.own(other):
-                    uses.note("stack", [view.source], factor.axis)
+            uses.stack(data.views, other)
+    if data.outer and all(axes & {*theirs} for axes in data.outer):  # of inputs and gates, say
+        weight = weight._replace(views=tuple(v._replace(part=LOST) for v in weight.views))
     ours = [d if alone or d not in batch else None for d in sums.places[side]]
     stacked = frozenset(n for n, d in enumerate(passed) if d in data.stacked)
     roles = [[(f, letters[d]) for d in letters for f in view.own(d)] for view in weight.views]
@@ -155,24 +168,39 @@ def _product(
         data = combined([weight.data._replace(flat=frozenset()), data._replace(flat=frozenset())])
     keys = uses.product(weight, roles, data, kind)
     uses.note("suspected", data.suspects)
-    used = [(view, key) for view, key in zip(weight.views, keys, strict=True) if key is not None]
-    made = tuple(view.moved(dims, shape)._replace(source=key, gone=()) for view, key in used)
-    pending = frozenset(key for _, key in used) or uses.unfollowed(data.pending)
-    return Data(pending=pending, views=made, learned=data.learned)
+    made = tuple(
+        view.moved(dims, shape)._replace(source=key, gone=())
+        for view, key in zip(weight.views, keys, strict=True)
+    )
+    plain = any(view.part == WHOLE and not composed(view) for view in weight.views)
+    pairs = () if plain else (k for v, k in zip(weight.views, keys, strict=True) if composed(v))
+    return Data(
+        pending=frozenset(keys), views=made, learned=data.learned, composed=frozenset(pairs)
+    )
 
 
 def _of_data(uses: Uses, values: Sequence[Value], sums: _Sums) -> Data:
     """A product of data with data or a constant."""
     parts = [(value, side) for side, value in enumerate(values) if isinstance(value, Data)]
     joined = combined([part._replace(flat=frozenset(), onehot=None) for part, _ in parts])
-    stacked, suspects = set(), joined.suspects
+    stacked, suspects, onehot = set(), joined.suspects, None
     for part, side in parts:
+        places = list(sums.places[side])
+        onehot = places.index(part.onehot) if part.onehot in {*places} - {None} else onehot
         stacked |= {n for n, d in enumerate(sums.places[side]) if d in part.stacked}
-        made = [v for v in part.views if _as_weight(v, sums.contract[side], sums.free[side])]
+        apart = [v for v in part.views if not v.dims() & {*sums.batch[side]}]
+        contract = [d for d in sums.contract[side] if not uses.mixed(apart, d)]
+        made = [v for v in part.views if _as_weight(v, contract, sums.free[side])]
         suspects |= {view.source for view in made}
         uses.consume(part.views)
+    free = [
+        frozenset(n for n, d in enumerate(places) if d in dims)
+        for places, dims in zip(sums.places, sums.free, strict=False)
+    ]
+    is_outer = len(parts) == 2 and all(free) and len(free) == 2 and not sums.contract[0]
     return joined._replace(
-        views=(), stacked=frozenset(stacked), soft=False, pending=uses.unfollowed(joined.pending),
+        views=(), stacked=frozenset(stacked), soft=False, onehot=onehot, composed=frozenset(),
+        outer=tuple(free) if is_outer else (), pending=uses.unfollowed(joined.pending),
         suspects=frozenset() if len(parts) == 2 and joined.soft else suspects,
     )  # fmt: skip
 
@@ -187,16 +215,16 @@ def _as_weight(view: View, contract: Dims, free: Dims) -> bool:
 def _composed(values: Sequence[Any], sums: _Sums) -> Weight:
     """`A @ B`: the inner axis is the output of the first that data meets, so of the left one."""
     shared = {view.source for view in values[0].views} & {view.source for view in values[1].views}
+    matrices = all(_has_sides(weight, side, sums) for side, weight in enumerate(values))
     moved = []
     for side, weight in enumerate(values):
         views = []
         for view in weight.views:
-            inner, outer = (
-                any(view.own(d) for d in dims[side]) for dims in (sums.contract, sums.free)
-            )
-            unsound = view.part == WHOLE and not (inner and outer and not shared)
-            part = LOST if unsound and sums.contract[side] else view.part
-            views.append(view.moved(sums.places[side], sums.shape, "OI"[side])._replace(part=part))
+            part = view.part
+            if part == WHOLE and sums.contract[side] and (shared or not matrices):
+                part = LOST if matrices else MIXED
+            role = "OI"[side] if matrices and not shared else "-"
+            views.append(view.moved(sums.places[side], sums.shape, role)._replace(part=part))
         moved.append(Weight(tuple(views)))
     if not sums.contract[0]:  # entry by entry
         return merged("mul", moved) or moved[0]
@@ -234,6 +262,8 @@ def convolution(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     out, inside, *window = numbers.rhs_spec
     if isinstance(image, Weight) and isinstance(kernel, Constant):  # a filter that does not learn
         return image._replace(views=tuple(view.mixed(shape) for view in image.views))
+    if isinstance(image, Weight) and image.data:
+        image = uses.settle(image)
     if isinstance(image, Weight):
         if any(view.dims() & {numbers.lhs_spec[0]} for view in image.views):
             uses.refuse(image, "it takes the place of the images in a convolution")

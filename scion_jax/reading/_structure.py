@@ -11,7 +11,7 @@ import numpy as np
 from scion_jax.reading._elementwise import combined, foremost, stopped, unknown
 from scion_jax.reading._products import reduce_scaled
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._views import Constant, Data, Factor, Value, View, Weight
+from scion_jax.reading._views import PLAIN, Constant, Data, Factor, Value, View, Weight
 
 Dims = Sequence[int | None]
 
@@ -174,14 +174,15 @@ def _together(uses: Uses, values: Sequence[Value], axis: int, new: Sequence[int]
         uses.settle(w) if w.data else uses.entrywise(w, datas[0] if datas else None)
         for w in weights
     ]
-    views = [view for data in datas for view in data.views]
-    along = [view for view in views if view.own(axis)]
-    for source in dict.fromkeys(view.source for view in along):  # pieces put together again
-        spans = [v.spans() for v in along if v.source == source]
-        hull = tuple(
-            (min(a), max(b)) for a, b in (zip(*s, strict=True) for s in zip(*spans, strict=True))
-        )
-        uses.note("piece", [source], hull)
+    along = [[view for view in data.views if view.own(axis)] for data in datas]
+    for source in {view.source for views in along for view in views}:
+        spans = [[v.spans() for v in views if v.source == source] for views in along]
+        flat = [span for part in spans for span in part]
+        if sum(map(bool, spans)) > 1:  # pieces put together again are one
+            ends = [list(zip(*ranges, strict=True)) for ranges in zip(*flat, strict=True)]
+            flat = [tuple((min(starts), max(stops)) for starts, stops in ends)]
+        for span in flat:
+            uses.note("piece", [source], span)
     joined = combined(datas)
     kept = tuple(v.spread(axis, new[axis]) for v in joined.views if not v.own(axis))
     return joined._replace(views=kept, flat=joined.flat - {axis}, onehot=None)
@@ -222,6 +223,11 @@ def reduce(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     if isinstance(value, Weight):
         value = restructured(value, lambda view: view.moved(dims, new, "-"), dims)
         return stopped(value) if "arg" in equation.primitive.name else value  # pyright: ignore
+    if equation.primitive.name in ("argmax", "argmin"):  # which no gradient goes through
+        chosen = {key[1] for key in value.pending}
+        value = value._replace(pending=frozenset(), chosen=value.chosen | chosen)
+    if value.soft:  # the sum that scores are divided by
+        value = value._replace(suspects=frozenset(), soft=False)
     whole = [view for view in value.views if any(view.own(d) for d in axes)]
     if whole:
         uses.consume(whole)
@@ -270,7 +276,7 @@ def gather(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
             bounds[d] = (start, start + sizes[d], 1)
         part = _cut(value, old, sizes, bounds)
         return restructured(part, lambda view: view.moved(dims, new), dims)
-    if isinstance(value, Weight) and isinstance(index, Constant) and index.value is None:
+    if isinstance(value, Weight) and isinstance(index, Constant):
         rows = [d for d, n in enumerate(dims) if n is None and new[d] > 1]
         if rows:  # entries rearranged by a constant: along these axes, each at its place
             views = [_rearranged(view, cuts, dims, new) for view in value.views]
@@ -278,7 +284,20 @@ def gather(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     if isinstance(value, Constant) and len(value.iota) == 2 and isinstance(index, Data):
         onehot = next((d for d, n in enumerate(dims) if n is not None), None)
         return index._replace(views=(), flat=frozenset(), stacked=frozenset(), onehot=onehot)
+    if isinstance(value, Weight):  # tables that go along with the indices are a stack
+        views = [_relabel(view, batching) for view in value.views]
+        value = value._replace(views=tuple(views))
     return _looked_up(uses, value, [index], cuts, dims, old, new)
+
+
+def _relabel(view: View, dims: Sequence[int]) -> View:
+    sizes = [math.prod(f.size for f in axis) for axis in view.axes]
+    axes = (
+        ((Factor(PLAIN, 0, n),) if n > 1 else ()) if d in dims else axis
+        for d, (axis, n) in enumerate(zip(view.axes, sizes, strict=True))
+    )
+    gone = tuple((f, "b") for d in dims for f in view.own(d))
+    return view._replace(axes=tuple(axes), gone=view.gone + gone)
 
 
 def _rearranged(view: View, cuts: Sequence[int], dims: Dims, new: Sequence[int]) -> View:
@@ -363,9 +382,9 @@ def update(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
             isinstance(v, Constant) for v in placed
         ):
             return Weight(tuple(_placed(view, shape) for view in updates.views))
-    if isinstance(updates, Weight) and isinstance(operand, Data) and not updates.data:
-        updates = uses.entrywise(updates, operand)
-        values = [operand, updates, *placed]
+    for token, data in ((updates, operand), (operand, updates)):  # a token among data
+        if isinstance(token, Weight) and isinstance(data, Data) and not token.data:
+            return unknown(uses, equation, [uses.entrywise(token, data), data, *placed])
     return unknown(uses, equation, values)
 
 

@@ -87,10 +87,8 @@ class Uses:
         roles: Iterable[tuple[Factor, str]],
         fresh: bool = False,
         problem: str = "",
-    ) -> Hashable | None:
-        """Notes a use; returns its key, or None if it does not count."""
-        if not self.live or view.part == STOPPED or not isinstance(view.source, int):
-            return None
+    ) -> Hashable:
+        """Notes a use, if a gradient goes through it; returns its key."""
         roles = [*roles, *view.gone]
         if self.transposed:
             roles = [(f, {"i": "o", "o": "i"}.get(role, role)) for f, role in roles]
@@ -104,6 +102,8 @@ class Uses:
             letters = [letter if letter == "b" else "o" for letter in letters]
         spans = view.spans()
         key = (id(self.equation), view.source, kind, spans, problem, self.transposed)
+        if not self.live or view.part == STOPPED:
+            return key
         self.found[key] = Use(
             view.source, kind, tuple(letters), groups, spans, fresh, self.transposed,
             self.equation, problem,
@@ -138,10 +138,12 @@ class Uses:
             statistic = any(role == "-" and f.size > 1 for f, role in view.gone)
             if statistic and view.part == LOST:
                 self.record(WEAK, view, roles, problem=_BENT)
+            elif view.part == LOST and weight.data is not None:
+                self.record(VECTOR, view, roles)
             elif view.part == LOST or any(role in "IO" for _, role in view.gone):
                 keys[self.record(UNKNOWN, view, (), problem=_MET)] = view
             elif any(role == "c" for _, role in view.gone):
-                keys[key := self.record(WEAK, view, roles)] = view
+                keys[key := self.record(WEAK, view, roles, problem=_CLOSED_OVER)] = view
                 self.positional[key] = self.equation, view, roles
             elif view.part == SCALE or statistic:
                 self.record(WEAK, view, roles)
@@ -153,8 +155,9 @@ class Uses:
         return Data(
             fresh=bool(data and data.fresh),
             learned=data is None,
-            views=tuple(view._replace(source=key, gone=()) for key, view in keys.items() if key),
+            views=tuple(view._replace(source=key, gone=()) for key, view in keys.items()),
             flat=frozenset(range(rank)) - weight.dims(),
+            pending=frozenset(keys),
         )
 
     def settle(self, weight: Weight) -> Data:
@@ -164,14 +167,20 @@ class Uses:
             return (weight.data or part)._replace(views=part.views, flat=frozenset())
         views = []
         for view in weight.views:
-            view = view._replace(gone=tuple((f, "i" if r == "p" else r) for f, r in view.gone))
+            picked = any(role == "p" for _, role in view.gone)
+            gone = tuple((f, {"p": "i", "I": "i", "O": "o"}.get(r, r)) for f, r in view.gone)
+            view = view._replace(gone=gone)
             roles = [(f, "o") for dim in range(len(view.axes)) for f in view.own(dim)]
-            known = view.part in (WHOLE, SCALE)
-            kind, problem = (EMBEDDING, "") if known else (UNKNOWN, _MET)
+            kind = EMBEDDING if picked else MATRIX  # the second factor of a low rank
+            kind = VECTOR if not view.dims() and not any(r == "o" for _, r in gone) else kind
+            kind, problem = (kind, "") if view.part in (WHOLE, SCALE) else (UNKNOWN, _MET)
             key = self.record(kind, view, roles, weight.data.fresh, problem)
-            views += [view._replace(source=key, gone=())] if key else []
+            views.append(view._replace(source=key, gone=()))
         pending = frozenset(view.source for view in views)
-        return weight.data._replace(fresh=False, onehot=None, views=tuple(views), pending=pending)
+        flat = weight.data.flat - weight.dims()
+        return weight.data._replace(
+            fresh=False, onehot=None, views=tuple(views), pending=pending, flat=flat
+        )
 
     def product(
         self,
@@ -194,7 +203,7 @@ class Uses:
         if data.learned:
             self._confirm_positional(data)
         keys: list[Hashable] = []
-        plain = any(not _composed(view) for view in weight.views if view.part == WHOLE)
+        plain = any(not composed(view) for view in weight.views if view.part == WHOLE)
         for view, pairs in zip(weight.views, roles, strict=True):
             own = {role for _, role in pairs}
             for letter, role in (("i", "I"), ("o", "O")):
@@ -204,6 +213,10 @@ class Uses:
                 elif swapped:
                     view = view._replace(part=LOST)
             gone = tuple((f, {"p": "b", "I": "i", "O": "o"}.get(r, r)) for f, r in view.gone)
+            first = any(r == "O" for _, r in view.gone)
+            image = {f.axis for f, r in gone if r == "c"}
+            if any(f.axis in image and role == "o" for f, role in pairs):
+                view = view._replace(part=LOST)  # a constant may be the data here
             view = view._replace(gone=gone)
             if view.part == SCALE:
                 key = self.record(WEAK, view, [(f, "o") for f, _ in pairs])
@@ -212,6 +225,8 @@ class Uses:
             else:
                 key = self.record(kind, view, pairs, data.fresh)
             keys.append(key)
+            if first:  # of two factors, not the last
+                self.note("followed", [key])
         if not self.transposed:
             self.note("followed", data.pending)
         self.consume(data.views)
@@ -227,6 +242,26 @@ class Uses:
             self.record(MATRIX, view._replace(gone=gone), pairs)
         self.equation = now
 
+    def mixed(self, views: Iterable[View], dim: int) -> bool:
+        """Whether a sum along an axis mixes the results of a stack, as of experts; notes that."""
+        found = [(view.source, f.axis) for view in views for f in view.own(dim)]
+        found = [(self.found[key], axis) for key, axis in found if key in self.found]
+        products = [(use, axis) for use, axis in found if use.kind == MATRIX]
+        if not products or any("i" in use.letters[:axis] for use, axis in products):
+            return False
+        inputs = all("i" in use.letters[axis:] for use, axis in products)
+        if inputs:
+            self.stack(views, dim)
+        return inputs
+
+    def stack(self, views: Iterable[View], dim: int) -> None:
+        """Notes that a later weight has a matrix for each entry along an axis of a result."""
+        found = [(view.source, f.axis) for view in views for f in view.own(dim)]
+        letters = [self.found[key].letters[:axis] for key, axis in found if key in self.found]
+        if not any("i" in before for before in letters):  # stacks lead
+            for key, axis in found:
+                self.note("stack", [key], axis)
+
     def demote(self, sources: set[Hashable], keys: Iterable[Hashable]) -> None:
         """Notes that products only measured a weight, which their result then scales."""
         found = (key for key in keys if key in self.found)
@@ -237,6 +272,10 @@ class Uses:
         for view in views:
             self.note("piece", [view.source], view.spans())
 
+    def is_table(self, view: View) -> bool:
+        """Whether a view is of something added that has several axes, and might be a weight."""
+        return view.source[2] == VECTOR and len(view.dims()) > 1  # pyright: ignore
+
     def consumed(self, view: View) -> bool:
         """Tells whether all that a view shows was used as it is already."""
         return ("piece", view.source, view.spans()) in self.notes
@@ -244,10 +283,12 @@ class Uses:
 
 _MET = "it meets another parameter before it meets data"
 _BENT = "data scales it before an operation that is not linear"
+_CLOSED_OVER = "it is multiplied with a constant, and inputs must be arguments"
 _SWAP = {"I": "O", "O": "I"}
 
 
-def _composed(view: View) -> bool:
+def composed(view: View) -> bool:
+    """Whether a view is a factor of a product of parameters."""
     return any(role in "IO" for _, role in view.gone)
 
 

@@ -23,7 +23,7 @@ result is cut into pieces that go separate ways, its views tell which part of th
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 PLAIN = -1
@@ -144,6 +144,14 @@ class View(NamedTuple):
         axis = own or ((Factor(PLAIN, 0, size),) if size != 1 else ())
         return self._replace(axes=(*self.axes[:dim], axis, *self.axes[dim + 1 :]))
 
+    def patterned(self, dims: Iterable[int], shape: Sequence[int]) -> View:
+        """Varies along more axes, in a way that only a constant knows."""
+        own = {f.axis: None for d in range(len(self.axes)) for f in self.own(d)}
+        axes = list(self.axes)
+        for dim in dims:
+            axes[dim] = tuple(Factor(axis, 0, shape[dim]) for axis in own) or axes[dim]
+        return self._replace(axes=tuple(axes))
+
     def mixed(self, shape: Sequence[int]) -> View:
         """Forgets which axis is where."""
         own = {f.axis: None for d in range(len(self.axes)) for f in self.own(d)}
@@ -202,6 +210,10 @@ class Data(NamedTuple):
         soft: Whether it went through an exponential since they came under suspicion.
         cotangent: Whether it is a derivative that was taken inside the program.
         learned: Whether it comes of parameters alone, such as learned tokens.
+        composed: Keys of uses of the factors of a low rank, if they are that: a learned query times
+            a kernel looks the same, but for the exponential that scores go through.
+        outer: Two sets of axes, if it is an outer product along them.
+        chosen: Parameters that an index was chosen by.
     """
 
     fresh: bool = False
@@ -214,16 +226,20 @@ class Data(NamedTuple):
     soft: bool = False
     cotangent: bool = False
     learned: bool = False
+    composed: frozenset[Hashable] = frozenset()
+    outer: tuple[frozenset[int], ...] = ()
+    chosen: frozenset[Hashable] = frozenset()
 
     def moved(self, dims: Sequence[int | None]) -> Data:
         """Puts its axes elsewhere; `dims` names the old axis of every new one. Not its views."""
-        if not (self.flat or self.stacked) and self.onehot is None:
+        if not (self.flat or self.stacked or self.outer) and self.onehot is None:
             return self
         flat = frozenset(new for new, old in enumerate(dims) if old in self.flat)
         stacked = frozenset(new for new, old in enumerate(dims) if old in self.stacked)
         onehot = next((n for n, old in enumerate(dims) if old == self.onehot), None)
         onehot = None if self.onehot is None else onehot
-        return self._replace(flat=flat, stacked=stacked, onehot=onehot)
+        outer = tuple(frozenset(n for n, d in enumerate(dims) if d in axes) for axes in self.outer)
+        return self._replace(flat=flat, stacked=stacked, onehot=onehot, outer=outer)
 
 
 class Weight(NamedTuple):
