@@ -1,8 +1,12 @@
 """The documentation's code runs, page by page, and its reference lists every public name."""
 
 import ast
+import importlib.util
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,16 +20,37 @@ pytestmark = pytest.mark.unoptimized
 
 PAGES = Path(__file__).parents[1] / "docs" / "pages"
 PATHS = {path.relative_to(PAGES).as_posix(): path for path in sorted(PAGES.rglob("*.md"))}
-# A block of code, and what it prints if a block of text follows at once.
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n*```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+# A block of code, below the package it needs where the tests have not got that, and what it
+# prints if a block of text follows at once.
+BLOCK = re.compile(
+    r"^(?:<!-- needs (\w+) -->\n\n?)?```python\n(.*?)^```\n(?:\n*```text\n(.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
 
 NOT_STRICT = {"migrating/muon.md"}  # Optax's Muon itself raises a float to an integer array
 
 
-def blocks(path):
+def blocks(path, package=None):
     """Returns code, below as many empty lines as stand above it in the page, and its output."""
     text = path.read_text()
-    return [("\n" * text.count("\n", 0, m.start(1)) + m[1], m[2]) for m in BLOCK.finditer(text)]
+    found = [m for m in BLOCK.finditer(text) if m[1] == package]
+    return [("\n" * text.count("\n", 0, m.start(2)) + m[2], m[3]) for m in found]
+
+
+def needed(path):
+    """Returns the packages that single blocks of a page need."""
+    return sorted({m[1] for m in BLOCK.finditer(path.read_text()) if m[1]})
+
+
+def without_places(text):
+    """Cuts off the last column of `describe`: lines of Flax's files, other ones in each version."""
+    lines, width = [], None
+    for line in text.rstrip().splitlines():
+        header = re.match(r"path .*?(?=  read at$)", line)
+        width = len(header[0]) if header else width
+        table = header or set(line) == {"─"} or re.search(r" \w+\.py:\d+( |,|$)", line)
+        lines.append(line[:width].rstrip() if table else line.rstrip())
+    return lines
 
 
 @pytest.mark.parametrize("page", [page for page, path in PATHS.items() if blocks(path)])
@@ -37,7 +62,30 @@ def test_every_block_runs(page, capsys):
             exec(compile(code, str(PATHS[page]), "exec"), namespace)
         printed = capsys.readouterr().out
         if output is not None:
-            assert printed.rstrip() == output.rstrip()
+            assert without_places(printed) == without_places(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "package"), [(page, name) for page, path in PATHS.items() for name in needed(path)]
+)
+def test_blocks_that_need_a_package(page, package):
+    """In a process of their own, with one device and JAX's defaults, as a user has it."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed, which these blocks of {page} need")
+    found = blocks(PATHS[page], package)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(code for code, _ in found)],
+        env=environment,
+        cwd=PAGES.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    expected = [line for _, output in found if output for line in without_places(output)]
+    printed = without_places(run.stdout)
+    assert printed[len(printed) - len(expected) :] == expected  # some packages greet first
 
 
 def test_every_block_says_what_it_is():
