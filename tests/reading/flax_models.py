@@ -1,4 +1,4 @@
-"""Small rebuilds of the models in Flax's own examples, gemma, lm1b, wmt and imagenet; their leaves."""
+"""Small rebuilds of the models in Flax's own examples (gemma, lm1b, wmt, imagenet); tables."""
 
 from functools import partial
 

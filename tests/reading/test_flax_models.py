@@ -5,16 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from flax_models import (
-    GEMMA,
-    LM1B,
-    RESNET,
-    WMT,
-    Gemma,
-    LanguageModel,
-    ResNet,
-    Translation,
-)
+from flax_models import GEMMA, LM1B, RESNET, WMT, Gemma, LanguageModel, ResNet, Translation
 from leaves import cross_entropy, read, shape
 from scion_jax import Sign, infer_norms
 

@@ -41,12 +41,7 @@ class LinenNet(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
-NET = {
-    **under("hidden", LINEAR),
-    **under("norm", NORM),
-    "head/bias": "o",
-    "head/kernel": "last io",
-}
+NET = {**under("hidden", LINEAR), **under("norm", NORM), "head/bias": "o", "head/kernel": "last io"}
 KEYS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 import scion_jax
@@ -111,7 +110,9 @@ def heads(*widths):
 def test_last():
     found = chosen(two_heads, heads(3, 3), FEATURES, last=Sign(4.0))
     assert found["policy"] == found["value"] == Sign(4.0, layout="io")
-    with pytest.raises(ValueError, match=r"'policy' \(8, 3\), 'value' \(8, 1\);.*'\^policy\$': Sign"):
+    with pytest.raises(
+        ValueError, match=r"'policy' \(8, 3\), 'value' \(8, 1\);.*'\^policy\$': Sign"
+    ):
         infer_norms(two_heads, heads(3, 1), FEATURES, last=Sign())
     rules = {"value": Sign(2.0)}
     found = chosen(two_heads, heads(3, 1), FEATURES, last=Sign(), rules=rules)
@@ -172,7 +173,7 @@ def autoencoder(params, x):
 
 
 def decomposed(params, x):
-    return squares(x @ jnp.linalg.qr(params["a"])[0] @ jnp.ones((8, 8))) + squares(x @ params["b"])
+    return squares(x @ jnp.linalg.qr(params["a"])[0]) + squares(x @ params["b"])
 
 
 def raveled(params, x):
@@ -216,6 +217,11 @@ def test_all_that_cannot_be_read_are_named_at_once():
     with pytest.raises(ValueError, match="the program does not tell") as error:
         infer_norms(loss, params, FEATURES, last=None)
     assert [line.split()[0] for line in str(error.value).splitlines()[1:]] == ["'a'", "'c'"]
+
+
+def test_a_function_that_returns_no_pair_has_no_aux():
+    with pytest.raises((TypeError, ValueError), match="has_aux"):
+        infer_norms(language, LANGUAGE, TOKENS, last=None, has_aux=True)
 
 
 def test_inputs_that_the_function_closes_over_are_no_data():
@@ -290,8 +296,9 @@ SAME = {
     "custom_vjp": customized,
     "value_and_grad": lambda p, x: jax.value_and_grad(mlp)(p, x)[0],
     "gradient penalty": lambda p, x: mlp(p, x) + squares(jax.grad(mlp, argnums=1)(p, x)),
-    "bfloat16": lambda p, x: mlp(jax.tree.map(lambda w: w.astype(jnp.bfloat16), (p)),
-                                 x.astype(jnp.bfloat16)),
+    "bfloat16": lambda p, x: mlp(
+        jax.tree.map(lambda w: w.astype(jnp.bfloat16), (p)), x.astype(jnp.bfloat16)
+    ),
     "float8": lambda p, x: mlp(p | {"a": p["a"].astype(jnp.float8_e4m3fn).astype(jnp.float32)}, x),
 }
 

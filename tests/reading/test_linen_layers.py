@@ -141,11 +141,7 @@ LINEN = {
     "subclass": (Subclass(8), SEQUENCE, LINEAR),
     "boxed": (nn.Dense(8, kernel_init=BOXED), SEQUENCE, LINEAR),
     "logical": (nn.Dense(8, kernel_init=LOGICAL), SEQUENCE, LINEAR),
-    "general": (
-        nn.DenseGeneral((2, 3), axis=(-2, -1)),
-        SEQUENCE,
-        {"kernel": "iioo", "bias": "oo"},
-    ),
+    "general": (nn.DenseGeneral((2, 3), axis=(-2, -1)), SEQUENCE, {"kernel": "iioo", "bias": "oo"}),
     "general with batch": (
         nn.DenseGeneral((2, 3), axis=-1, batch_dims=(0,)),
         SEQUENCE,
@@ -157,17 +153,9 @@ LINEN = {
         SEQUENCE,
         {"kernel": "iio"},
     ),
-    "einsum without output": (
-        nn.Einsum((16,), "btd,d->bt", **NO_BIAS),
-        SEQUENCE,
-        {"kernel": "o"},
-    ),
+    "einsum without output": (nn.Einsum((16,), "btd,d->bt", **NO_BIAS), SEQUENCE, {"kernel": "o"}),
     "gain by einsum": (nn.Einsum((16,), "btd,d->btd", **NO_BIAS), SEQUENCE, {"kernel": "o"}),
-    "gains by einsum": (
-        nn.Einsum((5, 16), "btd,td->bt", **NO_BIAS),
-        SEQUENCE,
-        {"kernel": "bo"},
-    ),
+    "gains by einsum": (nn.Einsum((5, 16), "btd,td->bt", **NO_BIAS), SEQUENCE, {"kernel": "bo"}),
     "heads that lead the result": (
         nn.Einsum((16, 2, 3), "btd,dnh->nhbt", use_bias=False),
         SEQUENCE,
@@ -224,11 +212,7 @@ LINEN = {
         SEQUENCE,
         under("layer_instance", LINEAR | {"kernel/scale": "o"}),
     ),
-    "share_scope": (
-        LowRank(nn.Dense(8)),
-        SEQUENCE,
-        {**LINEAR, "a/kernel": "io", "b/kernel": "io"},
-    ),
+    "share_scope": (LowRank(nn.Dense(8)), SEQUENCE, {**LINEAR, "a/kernel": "io", "b/kernel": "io"}),
     "lists": (Listed(), SEQUENCE, {**under("layers_0", LINEAR), **under("layers_1", LINEAR)}),
     "one layer": (Layer(), SEQUENCE, LAYER | {"gain": "o"}),
     "scanned": (scan(nn.remat(Layer), 0)(), SEQUENCE, stack(LAYER) | NUMBERS[3]),
@@ -254,11 +238,7 @@ LINEN = {
         SEQUENCE,
         {"layers/Dense_0/kernel": "ibo", "layers/Dense_0/bias": "bo"},
     ),
-    "two vmaps": (
-        vmap(vmap(nn.Dense, 1), 0)(4),
-        shape(4, 4, 4),
-        {"kernel": "bibo", "bias": "bob"},
-    ),
+    "two vmaps": (vmap(vmap(nn.Dense, 1), 0)(4), shape(4, 4, 4), {"kernel": "bibo", "bias": "bob"}),
     "scan of vmap": (scan(Experts, 0)(), SEQUENCE, stack(stack(under("Vmap_0", LINEAR)))),
 }
 

@@ -107,16 +107,9 @@ def normalized(w, x):
 
 def convolve(spec, groups=1):
     def call(w, x):
-        return jax.nn.relu(
-            jax.lax.conv_general_dilated(
-                x,
-                w["kernel"],
-                (1,) * (x.ndim - 2),
-                "SAME",
-                dimension_numbers=spec,
-                feature_group_count=groups,
-            )
-        )
+        options = {"dimension_numbers": spec, "feature_group_count": groups}
+        ones = (1,) * (x.ndim - 2)
+        return jax.nn.relu(jax.lax.conv_general_dilated(x, w["kernel"], ones, "SAME", **options))
 
     return call
 
@@ -133,7 +126,7 @@ def einsum(equation):
     return call
 
 
-HEADS = {n: (32, 4, 8) for n in "qkv"} | {f"{n}_bias": (4, 8) for n in "qkv"}
+HEADS = dict.fromkeys("qkv", (32, 4, 8)) | {f"{n}_bias": (4, 8) for n in "qkv"}
 HEADS |= {"out": (4, 8, 32)}
 LAYOUTS = dict.fromkeys("qkv", "ioo") | {f"{n}_bias": "oo" for n in "qkv"} | {"out": "iio"}
 SEQUENCE = (2, 5, 32)
@@ -163,7 +156,12 @@ RANKS = {
         (2, 5, 4, 8),
         {"kernel": "iiooo"},
     ),
-    "Gemma's queries": (einsum("btd,ndh->btnh"), {"kernel": (4, 32, 8)}, SEQUENCE, {"kernel": "oio"}),
+    "Gemma's queries": (
+        einsum("btd,ndh->btnh"),
+        {"kernel": (4, 32, 8)},
+        SEQUENCE,
+        {"kernel": "oio"},
+    ),
     "scanned experts": (
         scanned(experts),
         {"wi": (3, 8, 16, 32), "wo": (3, 8, 32, 16), "router": (3, 16, 8)},
