@@ -12,8 +12,13 @@ import optax
 
 from scion_jax import infer_norms
 
+
+def of(kernel, bias=None):
+    return {"kernel": kernel} | ({"bias": bias} if bias else {})
+
+
 ORDINARY = ("first", "hidden", "vectors")
-LINEAR = {"kernel": "io", "bias": "o"}
+LINEAR = of("io", "o")
 NORM = {"scale": "o", "bias": "o"}
 
 

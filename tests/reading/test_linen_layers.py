@@ -4,7 +4,7 @@ import jax
 import pytest
 from flax import linen as nn
 
-from leaves import LINEAR, NORM, attention, read, shape, squares, stack, under
+from leaves import LINEAR, NORM, attention, of, read, shape, squares, stack, under
 
 pytestmark = pytest.mark.unoptimized
 
@@ -133,7 +133,7 @@ class Experts(nn.Module):
         return experts(16, name="Vmap_0")(x).sum(0), None
 
 
-CONV = {"kernel": "ssio", "bias": "o"}
+CONV = of("ssio", "o")
 SQUARE = under("Dense_0", LINEAR)
 NO_BIAS = {"use_bias": False, "kernel_init": nn.initializers.normal()}
 LINEN = {
@@ -141,49 +141,33 @@ LINEN = {
     "subclass": (Subclass(8), SEQUENCE, LINEAR),
     "boxed": (nn.Dense(8, kernel_init=BOXED), SEQUENCE, LINEAR),
     "logical": (nn.Dense(8, kernel_init=LOGICAL), SEQUENCE, LINEAR),
-    "general": (nn.DenseGeneral((2, 3), axis=(-2, -1)), SEQUENCE, {"kernel": "iioo", "bias": "oo"}),
+    "general": (nn.DenseGeneral((2, 3), axis=(-2, -1)), SEQUENCE, of("iioo", "oo")),
     "general with batch": (
         nn.DenseGeneral((2, 3), axis=-1, batch_dims=(0,)),
         SEQUENCE,
-        {"kernel": "bioo", "bias": "boo"},
+        of("bioo", "boo"),
     ),
     "qkv apart": (Apart(), SEQUENCE, {"qkv/kernel": "boio", "qkv/bias": "boo"}),
-    "merging einsum": (
-        nn.Einsum((5, 16, 8), "btd,tdo->bo", use_bias=False),
-        SEQUENCE,
-        {"kernel": "iio"},
-    ),
-    "einsum without output": (nn.Einsum((16,), "btd,d->bt", **NO_BIAS), SEQUENCE, {"kernel": "o"}),
-    "gain by einsum": (nn.Einsum((16,), "btd,d->btd", **NO_BIAS), SEQUENCE, {"kernel": "o"}),
-    "gains by einsum": (nn.Einsum((5, 16), "btd,td->bt", **NO_BIAS), SEQUENCE, {"kernel": "bo"}),
+    "merging einsum": (nn.Einsum((5, 16, 8), "btd,tdo->bo", use_bias=False), SEQUENCE, of("iio")),
+    "einsum without output": (nn.Einsum((16,), "btd,d->bt", **NO_BIAS), SEQUENCE, of("o")),
+    "gain by einsum": (nn.Einsum((16,), "btd,d->btd", **NO_BIAS), SEQUENCE, of("o")),
+    "gains by einsum": (nn.Einsum((5, 16), "btd,td->bt", **NO_BIAS), SEQUENCE, of("bo")),
     "heads that lead the result": (
         nn.Einsum((16, 2, 3), "btd,dnh->nhbt", use_bias=False),
         SEQUENCE,
-        {"kernel": "ioo"},
+        of("ioo"),
     ),
     "called einsum": (Called(), SEQUENCE, {"einsum/kernel": "oio", "einsum/bias": "oo"}),
     "conv": (nn.Conv(8, (3, 3)), IMAGE, CONV),
-    "conv 1d": (nn.Conv(8, (3,)), SEQUENCE, {"kernel": "sio", "bias": "o"}),
-    "conv that is called like a gate": (
-        nn.Conv(8, (3,), name="ih"),
-        SEQUENCE,
-        {"kernel": "sio", "bias": "o"},
-    ),
-    "grouped conv": (
-        nn.Conv(8, (3, 3), feature_group_count=2),
-        IMAGE,
-        {"kernel": "ssio[2]", "bias": "o"},
-    ),
-    "local conv": (
-        nn.ConvLocal(8, (3, 3), padding="VALID"),
-        IMAGE,
-        {"kernel": "bbio", "bias": "bbo"},
-    ),
+    "conv 1d": (nn.Conv(8, (3,)), SEQUENCE, of("sio", "o")),
+    "conv that is called like a gate": (nn.Conv(8, (3,), name="ih"), SEQUENCE, of("sio", "o")),
+    "grouped conv": (nn.Conv(8, (3, 3), feature_group_count=2), IMAGE, of("ssio[2]", "o")),
+    "local conv": (nn.ConvLocal(8, (3, 3), padding="VALID"), IMAGE, of("bbio", "bbo")),
     "conv transpose": (nn.ConvTranspose(8, (3, 3)), IMAGE, CONV),
     "conv transpose, transposed": (
         nn.ConvTranspose(8, (3, 3), transpose_kernel=True),
         IMAGE,
-        {"kernel": "ssoi", "bias": "o"},
+        of("ssoi", "o"),
     ),
     "attention": (nn.MultiHeadDotProductAttention(4), SEQUENCE, attention()),
     "lstm": (nn.RNN(nn.LSTMCell(8)), SEQUENCE, under("cell", LSTM)),
@@ -238,7 +222,7 @@ LINEN = {
         SEQUENCE,
         {"layers/Dense_0/kernel": "ibo", "layers/Dense_0/bias": "bo"},
     ),
-    "two vmaps": (vmap(vmap(nn.Dense, 1), 0)(4), shape(4, 4, 4), {"kernel": "bibo", "bias": "bob"}),
+    "two vmaps": (vmap(vmap(nn.Dense, 1), 0)(4), shape(4, 4, 4), of("bibo", "bob")),
     "scan of vmap": (scan(Experts, 0)(), SEQUENCE, stack(stack(under("Vmap_0", LINEAR)))),
 }
 

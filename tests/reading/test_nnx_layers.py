@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from leaves import LINEAR, NORM, attention, read, shape, squares, stack, under
+from leaves import LINEAR, NORM, attention, of, read, shape, squares, stack, under
 
 pytestmark = pytest.mark.unoptimized
 
@@ -177,40 +177,36 @@ GRU = {"dense_i/kernel": "io[3]", "dense_h/kernel": "io[3]", "dense_i/bias": "o[
 LSTM = {f"i{gate}/kernel": "io" for gate in ("i", "f_", "g", "o")}
 LSTM |= {path: layout for gate in "ifgo" for path, layout in under(f"h{gate}", LINEAR).items()}
 SEQUENCE, IMAGE, VECTORS = shape(2, 5, 4), shape(2, 8, 8, 4), shape(2, 4)
-CONV = {"kernel": "ssio", "bias": "o"}
+CONV = of("ssio", "o")
 NNX = {
     "linear": (lambda r: nnx.Linear(4, 8, rngs=r), VECTORS, LINEAR),
     "general": (
         lambda r: nnx.LinearGeneral((5, 4), (2, 3), axis=(-2, -1), rngs=r),
         SEQUENCE,
-        {"kernel": "iioo", "bias": "oo"},
+        of("iioo", "oo"),
     ),
     "general with batch": (
         lambda r: nnx.LinearGeneral(4, (2, 3), batch_axis={0: 5}, rngs=r),
         shape(5, 4),
-        {"kernel": "bioo", "bias": "boo"},
+        of("bioo", "boo"),
     ),
     "qkv apart": (
         lambda r: nnx.Einsum("BTD,SNDH->SBTNH", (3, 4, 16, 8), (3, 4, 8), rngs=r),
         shape(2, 5, 16),
-        {"kernel": "boio", "bias": "boo"},
+        of("boio", "boo"),
         qkv,
     ),
     "conv": (lambda r: nnx.Conv(4, 8, (3, 3), rngs=r), IMAGE, CONV),
     "grouped conv": (
         lambda r: nnx.Conv(4, 8, (3, 3), feature_group_count=2, rngs=r),
         IMAGE,
-        {"kernel": "ssio[2]", "bias": "o"},
+        of("ssio[2]", "o"),
     ),
-    "conv transpose": (
-        lambda r: nnx.ConvTranspose(4, 8, 3, rngs=r),
-        SEQUENCE,
-        {"kernel": "sio", "bias": "o"},
-    ),
+    "conv transpose": (lambda r: nnx.ConvTranspose(4, 8, 3, rngs=r), SEQUENCE, of("sio", "o")),
     "conv transpose, transposed": (
         lambda r: nnx.ConvTranspose(4, 8, (3, 3), transpose_kernel=True, rngs=r),
         IMAGE,
-        {"kernel": "ssoi", "bias": "o"},
+        of("ssoi", "o"),
     ),
     "attention": (
         lambda r: nnx.MultiHeadAttention(4, 16, decode=False, rngs=r),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from leaves import cross_entropy, read, shape, squares
+from leaves import cross_entropy, of, read, shape, squares
 from scion_jax import Sign
 
 pytestmark = pytest.mark.unoptimized
@@ -148,20 +148,15 @@ RANKS = {
         einsum("ntd,dabc->ntabc"),
         {"kernel": (16, 3, 4, 8), "bias": (3, 4, 8)},
         (2, 5, 16),
-        {"kernel": "iooo", "bias": "ooo"},
+        of("iooo", "ooo"),
     ),
     "two axes to three": (
         einsum("ntij,ijabc->ntabc"),
         {"kernel": (4, 8, 2, 3, 5)},
         (2, 5, 4, 8),
-        {"kernel": "iiooo"},
+        of("iiooo"),
     ),
-    "Gemma's queries": (
-        einsum("btd,ndh->btnh"),
-        {"kernel": (4, 32, 8)},
-        SEQUENCE,
-        {"kernel": "oio"},
-    ),
+    "Gemma's queries": (einsum("btd,ndh->btnh"), {"kernel": (4, 32, 8)}, SEQUENCE, of("oio")),
     "scanned experts": (
         scanned(experts),
         {"wi": (3, 8, 16, 32), "wo": (3, 8, 32, 16), "router": (3, 16, 8)},
@@ -172,19 +167,19 @@ RANKS = {
         scanned(convolve(("NHWC", "HWIO", "NHWC"))),
         {"kernel": (3, 3, 3, 8, 8)},
         (2, 8, 8, 8),
-        {"kernel": "bssio"},
+        of("bssio"),
     ),
     "scanned convolution of rows": (
         scanned(convolve(("NWC", "WIO", "NWC"))),
         {"kernel": (3, 3, 32, 32)},
         SEQUENCE,
-        {"kernel": "bsio"},
+        of("bsio"),
     ),
     "depthwise convolution": (
         convolve(("NHWC", "HWIO", "NHWC"), 64),
         {"kernel": (3, 3, 1, 64)},
         (2, 8, 8, 64),
-        {"kernel": "ssio[64]"},
+        of("ssio[64]"),
     ),
     "scanned norms": (
         scanned(normalized),
@@ -229,4 +224,4 @@ def test_mapped_experts_of_one_input_that_are_summed():
     def loss(w, x):
         return squares(jax.vmap(lambda kernel: x @ kernel)(w["kernel"]).sum(0))
 
-    assert read(loss, {"kernel": shape(3, 4, 5)}, shape(2, 4)) == {"kernel": "bio"}
+    assert read(loss, {"kernel": shape(3, 4, 5)}, shape(2, 4)) == of("bio")
