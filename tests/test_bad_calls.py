@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen, nnx
 from hypothesis import strategies as st
 
 import arguments
@@ -88,56 +87,53 @@ def test_pairings(case, others, data):
     outcome(lambda: traced(call, params), (*inputs.paths_of(case.params), "state"), certain=False)
 
 
-class Net(nnx.Module):
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.embed = nnx.Embed(5, 2, rngs=rngs)
-        self.dense = nnx.Linear(2, 3, rngs=rngs)
-        self.head = nnx.Linear(3, 5, rngs=rngs)
+def loss(params, tokens):
+    x = params["embed"]["kernel"][tokens] @ params["dense"]["kernel"] + params["dense"]["bias"]
+    return (jax.nn.relu(x) @ params["head"]["kernel"]).sum()
 
 
-class Module(linen.Module):
-    @linen.compact
-    def __call__(self, tokens):
-        x = linen.Embed(5, 2, name="embed")(tokens)
-        return linen.Dense(5, name="head")(linen.Dense(3, name="dense")(x))
-
-
-MODELS = [(nnx.eval_shape(Net),), (Module(), shape(1, dtype="int32"))]
-PATTERNS = one_of({}, {"head": Sign()}, {"^head/kernel$": Spectral(2.0), "dense": Auto()})
-NO_PATTERNS = arguments.NO_NORMS | one_of(
+LEAVES = {
+    "embed": {"kernel": shape(5, 2)},
+    "dense": {"kernel": shape(2, 3), "bias": shape(3)},
+    "head": {"kernel": shape(3, 5)},
+}
+RULES = one_of({}, {"head": Sign()}, {"^head/kernel$": Spectral(2.0), "dense": Auto()})
+NO_RULES = arguments.NO_NORMS | one_of(
     *({"": None}, {"head": "Sign"}, {0: Sign()}, {None: 1}, {"(": Sign()}, {"nowhere": Sign()}),
     *({"head": Sign(layout="oiss")}, {"head": Sign(), "^head": Sign()}),
 )
-OF_FLAX = {
-    "model": (
-        one_of(*MODELS),
-        one_of((None,), (Net,), (Module,), ({"w": 1.0},), (MODELS[0][0], 1)),
-    ),
-    "hidden": (arguments.norms(None), arguments.NO_NORMS | arguments.norms("io")),
-    "vectors": (arguments.norms(None), arguments.NO_NORMS | arguments.norms("o")),
-    "last": (PATTERNS, NO_PATTERNS),
-    "rules": (PATTERNS, NO_PATTERNS),
+NORM = (arguments.norms(None), arguments.NO_NORMS | arguments.norms("io"))
+MAYBE_NORM = (NORM[0] | st.none(), NORM[1].filter(lambda norm: norm is not None))
+OF_READING = {
+    "function": (one_of(loss, jax.jit(loss)), one_of(None, 3, "loss", LEAVES)),
+    "params": (one_of(LEAVES), one_of({}, None, {"w": 1.0}, {"w": jnp.arange(3)}, "w")),
+    "last": MAYBE_NORM,
+    "first": MAYBE_NORM,
+    **dict.fromkeys(("hidden", "embeddings", "vectors"), NORM),
+    "rules": (RULES, NO_RULES),
 }
 
 
-@random_cases(20, fault=one_of(None, None, *OF_FLAX), params=inputs.TREES, data=st.data())
-def test_flax_norms(fault, params, data):
-    """Also with a tree that is not the model's."""
-    values = {name: data.draw(choices[name == fault]) for name, choices in OF_FLAX.items()}
-    model = values.pop("model")
+@random_cases(20, fault=one_of(None, None, *OF_READING), params=inputs.TREES, data=st.data())
+def test_infer_norms(fault, params, data):
+    """Also with a tree that is not the program's."""
+    values = {name: data.draw(choices[name == fault]) for name, choices in OF_READING.items()}
+    leaves = "head/kernel", "dense/kernel", "dense/bias", "embed/kernel"
+    if fault not in ("last", "rules") and "head" in str(values["rules"]):
+        values["last"] = None  # of which there would be none
 
     def read():
-        return scion_jax.flax_norms(*model, **values)
+        function, tree = values.pop("function"), values.pop("params")
+        return scion_jax.infer_norms(function, tree, shape(1, dtype="int32"), **values)
 
-    if fault is not None:
-        said = {"model": "NNX"}.get(fault, fault)
-        outcome(read, (said, "'head/kernel'"))  # what `head` finds twice, too
+    # What is read with a window or as a convolution is refused with its leaf.
+    windows = any(isinstance(v, scion_jax.SpectralConv) for v in values.values())
+    if fault is not None or windows:
+        outcome(read, (fault or "window", *leaves), certain=fault is not None)
         return
-    result = outcome(read, ("finds leaves that",), certain=False)
-    if result is not None:
-        bad = (*inputs.paths_of(params), "'params'")
-        outcome(lambda: scion_jax.describe(params, *result), bad, certain=len(bad) > 1)
+    bad = (*inputs.paths_of(params), "'params'")
+    assignment = outcome(read)
+    outcome(lambda: scion_jax.describe(params, assignment), bad, certain=len(bad) > 1)
 
 
 def test_nothing_public_is_left_out():

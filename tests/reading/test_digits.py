@@ -1,4 +1,4 @@
-"""Training with flax_norms and init_params: scikit-learn's digits, models with norm layers."""
+"""Training with infer_norms and init_params: scikit-learn's digits, models with norm layers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from sklearn import datasets
 
-from scion_jax import Sign, Spectral, flax_norms, init_params, scion, unconstrained_scion
+from scion_jax import Sign, Spectral, infer_norms, init_params, scion, unconstrained_scion
 
 STEPS, BATCH, LEARNING_RATE = 150, 128, 2**-7
 
@@ -47,20 +47,24 @@ def digits():
     return images[order], jnp.asarray(classes, jnp.int32)[order]
 
 
+def loss(model, x, y):
+    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+
 def accuracy(make, algorithm):
     images, classes = digits()
     model = make(nnx.Rngs(0))
-    norms, labels = flax_norms(model, hidden=Spectral(8.0), last={"head": Sign(32.0)})
+    batch = images[:BATCH], classes[:BATCH]
+    norms = infer_norms(
+        loss, model, *batch, hidden=Spectral(8.0), first=Spectral(8.0), last=Sign(32.0)
+    )
     params = nnx.state(model, nnx.Param)
-    nnx.update(model, init_params(jax.random.key(1), params, norms, labels))
-    optimizer = nnx.Optimizer(model, algorithm(LEARNING_RATE, norms, labels), wrt=nnx.Param)
+    nnx.update(model, init_params(jax.random.key(1), params, norms))
+    optimizer = nnx.Optimizer(model, algorithm(LEARNING_RATE, norms), wrt=nnx.Param)
 
     @nnx.jit
     def train(model, optimizer, x, y):
-        def loss(model):
-            return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-
-        optimizer.update(model, nnx.grad(loss)(model))
+        optimizer.update(model, nnx.grad(loss)(model, x, y))
 
     held_out = 360
     for step in range(STEPS):

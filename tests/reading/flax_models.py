@@ -1,4 +1,4 @@
-"""Small rebuilds of the models in Flax's own examples: gemma, lm1b, wmt, imagenet."""
+"""Small rebuilds of the models in Flax's own examples (gemma, lm1b, wmt, imagenet); tables."""
 
 from functools import partial
 
@@ -7,17 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from flax_by_hand import attention, dense, merge, per_head, stack, under, vector
+from leaves import LINEAR, NORM, attention, under
 
-WIDTH = 16
-
-
-def norm(name):
-    return {f"{name}/scale": vector, f"{name}/bias": vector}
-
-
-def linear(name, bias=True):
-    return {f"{name}/kernel": dense, **({f"{name}/bias": vector} if bias else {})}
+WIDTH, VOCABULARY = 16, 20
 
 
 # gemma (NNX): einsums with the heads first, queries apart from keys and values, gains of one's own
@@ -47,7 +39,7 @@ class GroupedAttention(nnx.Module):
 
     def __call__(self, x):
         q, (k, v) = self._query_norm(self.q_einsum(x)), self.kv_einsum(x)
-        return self.attn_vec_einsum(nnx.dot_product_attention(q, self._key_norm(k), v))
+        return self.attn_vec_einsum(jax.nn.dot_product_attention(q, self._key_norm(k), v))
 
 
 class GatedBlock(nnx.Module):
@@ -67,7 +59,7 @@ class GatedBlock(nnx.Module):
 
 class Gemma(nnx.Module):
     def __init__(self, rngs):
-        self.embedder = ScaledEmbed(20, WIDTH, rngs=rngs)
+        self.embedder = ScaledEmbed(VOCABULARY, WIDTH, rngs=rngs)
         self.layers = nnx.List([GatedBlock(rngs) for _ in range(2)])
         self.final_norm = Scale(WIDTH)
 
@@ -79,21 +71,22 @@ class Gemma(nnx.Module):
 
 
 GATED_BLOCK = {
-    "attn/q_einsum/kernel": per_head,
-    "attn/kv_einsum/kernel": stack(per_head),
-    "attn/attn_vec_einsum/kernel": merge,
-    "attn/_query_norm/scale": vector,
-    "attn/_key_norm/scale": vector,
-    "pre_norm/scale": vector,
-    "pre_ffw_norm/scale": vector,
-    "gate_proj/kernel": dense,
-    "up_proj/kernel": dense,
-    "down_proj/kernel": dense,
+    "attn/q_einsum/kernel": "oio",
+    "attn/kv_einsum/kernel": "boio",
+    "attn/attn_vec_einsum/kernel": "iio",
+    "attn/_query_norm/scale": "o",
+    "attn/_key_norm/scale": "o",
+    "pre_norm/scale": "o",
+    "pre_ffw_norm/scale": "o",
+    "gate_proj/kernel": "io",
+    "up_proj/kernel": "io",
+    "down_proj/kernel": "io",
 }
 GEMMA = {
+    "embedder/embedding": "last oi",
     **under("layers/0", GATED_BLOCK),
     **under("layers/1", GATED_BLOCK),
-    "final_norm/scale": vector,
+    "final_norm/scale": "o",
 }
 
 
@@ -105,52 +98,56 @@ BIAS_INIT = logical(nn.initializers.normal(1e-6), ("mlp",))
 
 
 class Positions(nn.Module):
+    """A table of more positions than a text has."""
+
     @nn.compact
     def __call__(self, x):
-        return x + self.param("pos_embedding", nn.initializers.normal(), (1, 5, WIDTH))
+        table = self.param("pos_embedding", nn.initializers.normal(), (1, 9, WIDTH))
+        return x + table[:, : x.shape[1]]
 
 
 class Mlp(nn.Module):
     boxed: bool
+    dropout: float
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train):
         inits = {"kernel_init": KERNEL_INIT, "bias_init": BIAS_INIT} if self.boxed else {}
-        return nn.Dense(WIDTH, **inits)(nn.relu(nn.Dense(32, **inits)(x)))
+        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(nn.Dense(32, **inits)(x)))
+        return nn.Dense(WIDTH, **inits)(x)
 
 
 class TransformerLayer(nn.Module):
     boxed: bool = False
     cross: bool = False
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x, encoded=None):
+    def __call__(self, x, encoded=None, train=False):
         attend = partial(nn.MultiHeadDotProductAttention, num_heads=4, use_bias=False)
         x = x + attend()(nn.LayerNorm()(x))
         if self.cross:
             x = x + attend()(nn.LayerNorm()(x), encoded)
-        return x + Mlp(self.boxed)(nn.LayerNorm()(x))
+        return x + Mlp(self.boxed, self.dropout)(nn.LayerNorm()(x), train)
 
 
 class LanguageModel(nn.Module):
     """lm1b."""
 
     @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(
-            20, WIDTH, embedding_init=logical(nn.initializers.normal(), ("vocab", "embed"))
-        )(tokens)
-        x = Positions(name="posembed")(x)
+    def __call__(self, tokens, train=False):
+        init = logical(nn.initializers.normal(), ("vocab", "embed"))
+        x = Positions(name="posembed")(nn.Embed(VOCABULARY, WIDTH, embedding_init=init)(tokens))
         for index in range(2):
-            x = TransformerLayer(boxed=True, name=f"block_{index}")(x)
-        return nn.Dense(20, kernel_init=KERNEL_INIT, name="logitdense")(nn.LayerNorm()(x))
+            x = TransformerLayer(boxed=True, dropout=0.1, name=f"block_{index}")(x, train=train)
+        return nn.Dense(VOCABULARY, kernel_init=KERNEL_INIT, name="logitdense")(nn.LayerNorm()(x))
 
 
 class Translation(nn.Module):
     """wmt."""
 
     def setup(self):
-        self.shared_embedding = nn.Embed(20, WIDTH)
+        self.shared_embedding = nn.Embed(VOCABULARY, WIDTH)
         self.encoder_block = TransformerLayer()
         self.decoder_block = TransformerLayer(cross=True)
         self.positions = Positions()
@@ -163,26 +160,29 @@ class Translation(nn.Module):
 
 
 def transformer_layer(cross=False):
-    parts = 2 if cross else 1
-    kernels = {
-        f"MultiHeadDotProductAttention_{index}/{path}": view
-        for index in range(parts)
-        for path, view in attention(bias=False).items()
-    }
-    norms = {k: v for index in range(parts + 1) for k, v in norm(f"LayerNorm_{index}").items()}
-    return {**kernels, **norms, **linear("Mlp_0/Dense_0"), **linear("Mlp_0/Dense_1")}
+    table = under("Mlp_0/Dense_0", LINEAR) | under("Mlp_0/Dense_1", LINEAR)
+    for index in range(2 if cross else 1):
+        table |= under(f"MultiHeadDotProductAttention_{index}", attention(bias=False))
+    for index in range(3 if cross else 2):
+        table |= under(f"LayerNorm_{index}", NORM)
+    return table
 
 
 LM1B = {
+    "Embed_0/embedding": "embedding io",
+    "posembed/pos_embedding": "boo",
     **under("block_0", transformer_layer()),
     **under("block_1", transformer_layer()),
-    **norm("LayerNorm_0"),
-    **linear("logitdense"),
+    **under("LayerNorm_0", NORM),
+    "logitdense/kernel": "last io",
+    "logitdense/bias": "o",
 }
 WMT = {
+    "shared_embedding/embedding": "last oi",
+    "positions/pos_embedding": "boo",
     **under("encoder_block", transformer_layer()),
     **under("decoder_block", transformer_layer(cross=True)),
-    **norm("norm"),
+    **under("norm", NORM),
 }
 
 
@@ -217,17 +217,19 @@ class ResNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-def bottleneck():
-    windows = {"Conv_0": 1, "Conv_1": 9, "Conv_2": 1, "conv_proj": 1}
-    norms = [norm(name) for name in (*(f"BatchNorm_{i}" for i in range(3)), "norm_proj")]
-    kernels = {f"{name}/kernel": (merge, window) for name, window in windows.items()}
-    return {**kernels, **{path: view for views in norms for path, view in views.items()}}
-
-
+BOTTLENECK = {
+    **{f"{name}/kernel": "ssio" for name in ("Conv_0", "Conv_1", "Conv_2", "conv_proj")},
+    **{
+        f"{name}/{part}": layout
+        for name in ("BatchNorm_0", "BatchNorm_1", "BatchNorm_2", "norm_proj")
+        for part, layout in NORM.items()
+    },
+}
 RESNET = {
-    "conv_init/kernel": (merge, 49),
-    **norm("bn_init"),
-    **under("Bottleneck_0", bottleneck()),
-    **under("Bottleneck_1", bottleneck()),
-    **linear("Dense_0"),
+    "conv_init/kernel": "ssio",
+    **under("bn_init", NORM),
+    **under("Bottleneck_0", BOTTLENECK),
+    **under("Bottleneck_1", BOTTLENECK),
+    "Dense_0/kernel": "last io",
+    "Dense_0/bias": "o",
 }
