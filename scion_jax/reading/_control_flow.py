@@ -102,7 +102,9 @@ class Reader:
                 _resized(v, atom.aval.shape, inner.aval.shape)
                 for v, atom, inner in zip(values, equation.invars, jaxpr.invars, strict=True)
             ]
+        self.uses.callers.append(equation)
         results = self.read(jaxpr, constants, values, outputs)
+        self.uses.callers.pop()
         if name == "shard_map":
             pairs = zip(results, jaxpr.outvars, equation.outvars, strict=True)
             results = [_resized(v, inner.aval.shape, o.aval.shape) for v, inner, o in pairs]

@@ -60,7 +60,7 @@ class Liveness:
 
     def _inputs(self, equation: Any, outputs: Sequence[bool], custom: bool) -> list[Any]:
         name, params = equation.primitive.name, equation.params
-        inputs = [v for v in equation.invars]
+        inputs = list(equation.invars)
         if name in FLAT and not custom:
             return []
         if name in CALLS:

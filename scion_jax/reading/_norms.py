@@ -131,11 +131,11 @@ def _by_kind(
         return "vectors", vectors, role.layout
     if role.kind == "embedding":
         return "embedding", embeddings, role.layout
-    if role.kind == "tied" and last is None:
+    if role.kind == "tied" and role.last and last is None:
         return "embedding", embeddings, role.layout.translate(_SWAPPED)
-    if role.kind == "tied":  # a head may start at zero, an embedding must not
-        zero = {"zero_init": False} if hasattr(last, "zero_init") else {}
-        return "last", dataclasses.replace(last, **zero), role.layout
+    if role.kind == "tied" and role.last and hasattr(last, "zero_init"):
+        # A head may start at zero, an embedding must not.
+        return "last", dataclasses.replace(last, zero_init=False), role.layout
     if role.last and last is not None:
         return "last", last, role.layout
     return ("first", first, role.layout) if role.first else ("hidden", hidden, role.layout)

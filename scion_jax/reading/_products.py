@@ -145,7 +145,8 @@ def _with_data(uses: Uses, weight: Weight, data: Data, side: int, sums: _Sums) -
         if not alone and any(view.own(mine) for view in weight.views):
             data = data._replace(stacked=data.stacked | {other})
             uses.stack(data.views, other)
-    if data.outer and all(axes & {*theirs} for axes in data.outer):  # of inputs and gates, say
+    outer = data.outer if data.onehot not in theirs else ()
+    if outer and all(axes & {*theirs} for axes in outer):  # of inputs and gates, say
         weight = weight._replace(views=tuple(v._replace(part=LOST) for v in weight.views))
     ours = [d if alone or d not in batch else None for d in sums.places[side]]
     stacked = frozenset(n for n, d in enumerate(passed) if d in data.stacked)

@@ -63,7 +63,8 @@ def read_roles(
         kind `"unknown"`, and its `problem` says why.
 
     Raises:
-        TypeError: If `function` is not callable, or `params` has no floating arrays.
+        TypeError: If `function` is not callable or, with `has_aux`, returns no pair, or if `params`
+            has no floating arrays.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -75,7 +76,9 @@ def read_roles(
     """
     if not callable(function):
         raise TypeError(f"function is the loss or the forward pass of a model; got {function!r}")
-    function, params = _without_modules(function, params)
+    if not isinstance(has_aux, bool):
+        raise TypeError(f"has_aux is True or False; got {has_aux!r}")
+    function, params, inputs = _without_modules(function, params, inputs)
     leaves, rebuild = _arrays(params, floating=True)
     if not leaves:
         raise TypeError("params has no floating array: give the parameters of the function first")
@@ -83,7 +86,10 @@ def read_roles(
 
     def program(parameters: list[Any], arguments: list[Any]) -> Any:
         outputs = function(rebuild(parameters), *rebuild_inputs(arguments))
-        outputs = outputs[0] if has_aux else outputs
+        if has_aux:
+            if not (isinstance(outputs, tuple) and len(outputs) == 2):
+                raise TypeError(f"has_aux=True: the function returns no pair, but {outputs!r}")
+            outputs = outputs[0]
         return [x for x in jax.tree.leaves(outputs) if hasattr(x, "dtype")]
 
     closed = jax.make_jaxpr(program)([leaf for _, leaf in leaves], [leaf for _, leaf in others])
@@ -165,12 +171,13 @@ def _role(
         if stack and letter == "o" and "i" not in letters[:axis] and "o" in letters[axis + 1 :]:
             letters[axis] = "b"
     if kind == VECTOR:
-        letters = ["o" if x in ("-", None, "g") else x for x in letters]
-        letters = letters if "o" in letters else ["o"] * len(shape)
+        letters = ["b" if x == "b" else "o" for x in letters]
     missing = "o" if kind == EMBEDDING else None
     letters = [x or missing or ("i" if "i" not in letters else "o") for x in letters]
     parts = _parts(agreeing, letters, shape, pieces)
-    layout = "".join(a + b for a, b in zip(letters, parts, strict=True)).replace("b!", "b")
+    if shape and "o" not in letters:  # a stack of numbers, each on its own
+        letters[-1], parts[-1] = "o", f"[{shape[-1]}]" if shape[-1] > 1 else ""
+    layout = "".join(a + b for a, b in zip(letters, parts, strict=True))
     keys = {key for key, use in agreeing if use.kind == MATRIX}
     tied = kind == MATRIX and looked_up
     return Role(
@@ -256,10 +263,12 @@ def _tiles(spans: set[tuple[int, int]], size: int) -> list[int]:
 
 
 def _place(use: Use) -> str:
-    where = source_info_util.summarize(use.equation.source_info)
-    file, *line = where.split(" ")[0].split(":")
-    place = file.replace("\\", "/").rsplit("/", 1)[-1] + (f":{line[0]}" if line else "")
-    return f"{use.equation.primitive.name} {place}"
+    for equation in use.equations:  # those of library functions may have no place of their own
+        file, *line = source_info_util.summarize(equation.source_info).split(" ")[0].split(":")
+        if line:
+            name = file.replace("\\", "/").rsplit("/", 1)[-1]
+            return f"{use.equations[0].primitive.name} {name}:{line[0]}"
+    return use.equations[0].primitive.name
 
 
 def _listed(entries: Sequence[tuple[Any, Use]]) -> str:
@@ -289,14 +298,14 @@ def _arrays(tree: Any, floating: bool) -> tuple[list[tuple[Any, Any]], Callable[
     return [entries[place] for place in places], rebuild
 
 
-def _without_modules(function: Callable[..., Any], params: Any) -> tuple[Callable[..., Any], Any]:
-    """Splits an NNX module into its parameters and a function of them."""
+def _without_modules(function: Any, params: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Splits an NNX module into its parameters, a function of them, and what else it holds."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(params, nnx.Module):
-        return function, params
+        return function, params, inputs
     graph, state, rest = nnx.split(params, nnx.Param, ...)
 
-    def merged(state: Any, *inputs: Any) -> Any:
+    def merged(state: Any, rest: Any, *inputs: Any) -> Any:
         return function(nnx.merge(graph, state, rest, copy=True), *inputs)
 
-    return merged, state
+    return merged, state, (rest, *inputs)

@@ -228,6 +228,10 @@ def reduce(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
         value = value._replace(pending=frozenset(), chosen=value.chosen | chosen)
     if value.soft:  # the sum that scores are divided by
         value = value._replace(suspects=frozenset(), soft=False)
+    for dim in axes:  # a sum over a stack, as of an ensemble
+        apart = [view for view in value.views if view.dims() - {*axes}]
+        if equation.primitive.name == "reduce_sum" and apart:
+            uses.mixed(apart, dim)
     whole = [view for view in value.views if any(view.own(d) for d in axes)]
     if whole:
         uses.consume(whole)
@@ -357,6 +361,7 @@ def _looked_up(
         views.append(view._replace(gone=view.gone + taken))
     data = value.data.moved(dims) if value.data else None
     if picks:
+        uses.looked_up |= dict.fromkeys((view.source for view in views), uses.place())
         own = frozenset().union(*(view.dims() for view in views))
         found = combined(picks)._replace(views=(), flat=own, onehot=None, stacked=frozenset())
         data = combined([data, found]) if data else found

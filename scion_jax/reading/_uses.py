@@ -23,7 +23,7 @@ class Use(NamedTuple):
         spans: The entries of each axis that were used, as ranges.
         fresh: Whether no product with a parameter came before.
         transposed: Whether it is in the transposed half of a derivative.
-        equation: The equation.
+        equations: The equation, and those that it is inside of, outwards.
         problem: For `UNKNOWN`, what is not known.
     """
 
@@ -34,7 +34,7 @@ class Use(NamedTuple):
     spans: tuple[tuple[int, int], ...]
     fresh: bool
     transposed: bool
-    equation: Any
+    equations: tuple[Any, ...]
     problem: str
 
 
@@ -51,6 +51,8 @@ class Uses:
         positional: Weights that were multiplied with a constant and then met only parameters: each
             the first layer of a network of positions, if what comes of it goes on into a product.
         equation: The equation that is read now.
+        callers: Those that it is inside of, inwards.
+        looked_up: Where a parameter was looked up last.
         live: Whether a gradient reaches the output through it.
         transposed: Whether it is in the transposed half of a derivative.
         inside_custom: Whether it is inside of a function with a derivative of its own.
@@ -61,9 +63,15 @@ class Uses:
         self.notes: dict[tuple[Any, ...], None] = {}
         self.positional: dict[Hashable, tuple[Any, View, list[tuple[Factor, str]]]] = {}
         self.equation: Any = None
+        self.callers: list[Any] = []
+        self.looked_up: dict[Hashable, tuple[Any, ...]] = {}
         self.live = True
         self.transposed = False
         self.inside_custom = False
+
+    def place(self) -> tuple[Any, ...]:
+        """The equation that is read now, and those that it is inside of, outwards."""
+        return (self.equation, *self.callers[::-1])
 
     def forget(self, uses: int, notes: int) -> None:
         """Keeps the first so many only: a loop is read again, with other values."""
@@ -87,6 +95,7 @@ class Uses:
         roles: Iterable[tuple[Factor, str]],
         fresh: bool = False,
         problem: str = "",
+        where: tuple[Any, ...] = (),
     ) -> Hashable:
         """Notes a use, if a gradient goes through it; returns its key."""
         roles = [*roles, *view.gone]
@@ -101,12 +110,13 @@ class Uses:
         if kind == VECTOR:
             letters = [letter if letter == "b" else "o" for letter in letters]
         spans = view.spans()
-        key = (id(self.equation), view.source, kind, spans, problem, self.transposed)
+        where = where or self.place()
+        key = (id(where[0]), view.source, kind, spans, problem, self.transposed)
         if not self.live or view.part == STOPPED:
             return key
         self.found[key] = Use(
             view.source, kind, tuple(letters), groups, spans, fresh, self.transposed,
-            self.equation, problem,
+            where, problem,
         )  # fmt: skip
         return key
 
@@ -144,7 +154,7 @@ class Uses:
                 keys[self.record(UNKNOWN, view, (), problem=_MET)] = view
             elif any(role == "c" for _, role in view.gone):
                 keys[key := self.record(WEAK, view, roles, problem=_CLOSED_OVER)] = view
-                self.positional[key] = self.equation, view, roles
+                self.positional[key] = self.place(), view, roles
             elif view.part == SCALE or statistic:
                 self.record(WEAK, view, roles)
             else:
@@ -174,7 +184,10 @@ class Uses:
             kind = EMBEDDING if picked else MATRIX  # the second factor of a low rank
             kind = VECTOR if not view.dims() and not any(r == "o" for _, r in gone) else kind
             kind, problem = (kind, "") if view.part in (WHOLE, SCALE) else (UNKNOWN, _MET)
-            key = self.record(kind, view, roles, weight.data.fresh, problem)
+            if any(role == "c" for _, role in gone):
+                kind, problem = WEAK, _CLOSED_OVER
+            where = self.looked_up.get(view.source, ())
+            key = self.record(kind, view, roles, weight.data.fresh, problem, where)
             views.append(view._replace(source=key, gone=()))
         pending = frozenset(view.source for view in views)
         flat = weight.data.flat - weight.dims()
@@ -233,14 +246,12 @@ class Uses:
         return keys
 
     def _confirm_positional(self, data: Data) -> None:
-        now = self.equation
         for key in {view.source for view in data.views} & set(self.positional):
-            self.equation, view, roles = self.positional[key]
+            where, view, roles = self.positional[key]
             inner = {f.axis for f, role in view.gone if role == "c"}
             pairs = [(f, "i" if f.axis in inner else "o") for f, _ in roles]
             gone = tuple(entry for entry in view.gone if entry[1] != "c")
-            self.record(MATRIX, view._replace(gone=gone), pairs)
-        self.equation = now
+            self.record(MATRIX, view._replace(gone=gone), pairs, where=where)
 
     def mixed(self, views: Iterable[View], dim: int) -> bool:
         """Whether a sum along an axis mixes the results of a stack, as of experts; notes that."""
@@ -264,8 +275,9 @@ class Uses:
 
     def demote(self, sources: set[Hashable], keys: Iterable[Hashable]) -> None:
         """Notes that products only measured a weight, which their result then scales."""
-        found = (key for key in keys if key in self.found)
-        self.note("demoted", [key for key in found if self.found[key].source in sources])
+        found = [(key, self.found[key]) for key in keys if key in self.found]
+        products = [key for key, u in found if u.kind == MATRIX and u.source in sources]
+        self.note("demoted", products)
 
     def consume(self, views: Iterable[View]) -> None:
         """Notes that pieces of results are used as they are."""
