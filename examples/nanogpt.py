@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import scion_jax
-from scion_jax import ColNorm, Sign, Spectral, flax_norms, init_params, scaled_relu_squared
+from scion_jax import Sign, Spectral, infer_norms, init_params, scaled_relu_squared
 
 NUMBERS = {"width": 128, "layers": 3, "heads": 4, "sequence": 128, "batch": 16, "steps": 600}
 NUMBERS |= {"seed": 1, "save_every": 200, "sample_length": 400}
@@ -161,15 +161,14 @@ def main(arguments: list[str] | None = None) -> None:
     algorithm = scion_jax.scion if settings.optimizer == "scion" else scion_jax.unconstrained_scion
     ball = 8 if settings.optimizer == "scion" else 1  # where parameters stay in it: large
     hidden, head = settings.hidden_radius or 0.5 * ball, settings.head_radius or 8.0 * ball
-    last = {"^embedding": Sign(head)} if settings.tied else {"^head": Sign(head, zero_init=True)}
-    rules = {} if settings.tied else {"^embedding": ColNorm()}
-    norms, labels = flax_norms(model, hidden=Spectral(hidden), last=last, rules=rules)
+    hidden, last, rows = Spectral(hidden), Sign(head, zero_init=True), np.zeros((1, length), "i")
+    norms = infer_norms(mean_loss, model, rows, hidden=hidden, last=last)
     params = nnx.state(model, nnx.Param)
-    print(scion_jax.describe(params, norms, labels))
-    nnx.update(model, init_params(jax.random.key(settings.seed), params, norms, labels))
+    print(scion_jax.describe(params, norms))
+    nnx.update(model, init_params(jax.random.key(settings.seed), params, norms))
     rate, decay = settings.learning_rate or 2**-5 / ball, max(1, round(0.285 * settings.steps))
     schedule = optax.linear_schedule(rate, 0.0, decay, settings.steps - decay)
-    run = model, nnx.Optimizer(model, algorithm(schedule, norms, labels), wrt=nnx.Param)
+    run = model, nnx.Optimizer(model, algorithm(schedule, norms), wrt=nnx.Param)
     state = nnx.state(run), np.full((settings.steps, 2), np.nan, "f"), 0
     state, losses, start = restore(path, facts, state) if path.exists() else state
     nnx.update(run, state)

@@ -14,49 +14,49 @@ from jax.sharding import AxisType, PartitionSpec
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from tqdm import trange
 
-from scion_jax import Sign, flax_norms, init_params, scaled_relu, unconstrained_scion
+from scion_jax import Sign, infer_norms, init_params, scaled_relu, unconstrained_scion
 
 WIDTH, LAYERS, CLASSES, BATCH, STEPS = 128, 4, 16, 128, 20
-Run = tuple[nnx.Sequential, nnx.Optimizer]
+
+
+def mean_loss(model: nnx.Sequential, x: jax.Array, classes: jax.Array) -> jax.Array:
+    """Returns nats per row; nothing in it knows of devices."""
+    return cross_entropy(model(x), classes).mean()
 
 
 @nnx.jit
-def create() -> Run:
+def create() -> tuple[nnx.Sequential, nnx.Optimizer]:
     """Makes model and optimizer in pieces: compiled, so that no device has to hold the whole."""
-    rngs = nnx.Rngs(0)
+    rngs, x, classes = nnx.Rngs(0), np.zeros((1, WIDTH), np.float32), np.zeros(1, np.int32)
     hidden = [(nnx.Linear(WIDTH, WIDTH, rngs=rngs), scaled_relu) for _ in range(LAYERS)]
     model = nnx.Sequential(*sum(hidden, ()), nnx.Linear(WIDTH, CLASSES, rngs=rngs))
-    last = {f"^layers/{2 * LAYERS}/kernel": Sign(16.0, zero_init=True)}
-    norms, labels = flax_norms(model, last=last)
-    params = nnx.state(model, nnx.Param)
-    nnx.update(model, init_params(jax.random.key(0), params, norms, labels))
-    run = model, nnx.Optimizer(model, unconstrained_scion(2**-6, norms, labels), wrt=nnx.Param)
+    norms = infer_norms(mean_loss, model, x, classes, last=Sign(16.0, zero_init=True))
+    nnx.update(model, init_params(jax.random.key(0), nnx.state(model, nnx.Param), norms))
+    run = model, nnx.Optimizer(model, unconstrained_scion(2**-6, norms), wrt=nnx.Param)
     specs = jax.tree.map(lambda x: PartitionSpec(*["fsdp"][: x.ndim]), state := nnx.state(run))
     nnx.update(run, jax.lax.with_sharding_constraint(state, specs))  # all but counts in pieces
     return run
 
 
-@nnx.jit(donate_argnums=0)
-def step(run: Run, x: jax.Array, classes: jax.Array) -> jax.Array:
-    """Makes a step and returns the loss; nothing in it knows of devices."""
-    model, optimizer = run
-    loss, gradients = nnx.value_and_grad(lambda m: cross_entropy(m(x), classes).mean())(model)
+@nnx.jit(donate_argnums=(0, 1))
+def step(model: nnx.Sequential, optimizer: nnx.Optimizer, x: jax.Array, classes: jax.Array):
+    """Makes a step and returns the loss before it."""
+    loss, gradients = nnx.value_and_grad(mean_loss)(model, x, classes)
     optimizer.update(model, gradients)
     return loss
 
 
-def train(run: Run, first: int) -> list[float]:
+def train(run: tuple, first: int) -> list[float]:
     """Makes `STEPS` steps on random inputs; which of the first entries is largest is the class."""
     losses = []
-    for number in (bar := trange(first, first + STEPS)):
+    for number in trange(first, first + STEPS):
         x = np.random.default_rng(number).normal(size=(BATCH, WIDTH)).astype(np.float32)
         batch = jax.device_put((x, x[:, :CLASSES].argmax(1)), PartitionSpec(("data", "fsdp")))
-        losses.append(float(step(run, *batch)))
-        bar.set_postfix(loss=losses[-1])
+        losses.append(float(step(*run, *batch)))
     return losses
 
 
-def describe(run: Run) -> str:
+def describe(run: tuple) -> str:
     """Counts what a device holds, and the collectives that an update compiles to."""
     parts = [jax.tree.leaves(nnx.state(part)) for part in run]
     params, state = (sum(x.addressable_shards[0].data.nbytes for x in part) for part in parts)

@@ -19,7 +19,8 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from scion_jax import BiasRMS, Sign, Spectral, describe, flax_norms, init_params, scaled_gelu, scion
+import scion_jax
+from scion_jax import BiasRMS, Sign, Spectral, infer_norms, init_params, scaled_gelu
 
 RADIUS = 4.0  # of hidden layers; the head's is 20 times as large, DeiT's 500 to 25
 SIZES = {"patch": 7, "width": 64, "depth": 4, "heads": 4, "batch": 50, "epochs": 15}
@@ -76,28 +77,31 @@ def shift(key: jax.Array, images: jax.Array, most: int = 2) -> jax.Array:
 
 def train(model: nn.Module, examples: Examples, options: Namespace) -> Any:
     """Returns the parameters after some passes through the examples."""
-    images, labels = examples
-    norms, kinds = flax_norms(
-        model,
-        images[:1],
+
+    def loss_of(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, shift(key, images))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    (images, labels), key = examples, jax.random.key(0)
+    params = jax.jit(model.init)(key, images[:1])["params"]
+    inputs = images[:1], labels[:1], key
+    norms = infer_norms(
+        loss_of,
+        params,
+        *inputs,
         hidden=Spectral(RADIUS),
-        last={"^head": Sign(20 * RADIUS, zero_init=True)},
-        rules={"^patches": Spectral(RADIUS, max=True)},
+        last=Sign(20 * RADIUS, zero_init=True),
         vectors=BiasRMS(constrained=False),  # gains are not pulled towards zero
     )
-    params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
-    params = init_params(jax.random.key(0), params, norms, kinds)
-    print(describe(params, norms, kinds))
+    params = init_params(key, params, norms)
+    print(scion_jax.describe(params, norms))
     steps = options.epochs * len(images) // options.batch
-    optimizer = scion(optax.cosine_decay_schedule(options.learning_rate, steps), norms, kinds)
+    schedule = optax.cosine_decay_schedule(options.learning_rate, steps)
+    optimizer = scion_jax.scion(schedule, norms)
     state = optimizer.init(params)
 
     def step(params: Any, state: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
-        def loss_of(params: Any) -> jax.Array:
-            logits = model.apply({"params": params}, shift(key, images))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        loss, gradients = jax.value_and_grad(loss_of)(params)
+        loss, gradients = jax.value_and_grad(loss_of)(params, images, labels, key)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 

@@ -17,8 +17,8 @@ def write_book(path):
 def one_optimizer(context):
     """Gives all runs of a model the same optimizer, so that steps are compiled once."""
 
-    def unconstrained_scion(schedule, norms, labels):
-        return optimizers.setdefault(labels, original(schedule, norms, labels))
+    def unconstrained_scion(schedule, norms):
+        return optimizers.setdefault(norms, original(schedule, norms))
 
     optimizers, original = {}, nanogpt.scion_jax.unconstrained_scion
     context.setattr(nanogpt.scion_jax, "unconstrained_scion", unconstrained_scion)

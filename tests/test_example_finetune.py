@@ -59,7 +59,7 @@ def test_digits_turned(tmp_path, capsys, monkeypatch):
     assert old > 0.8
     trained, total = (784 + 32 + 32 + 32) * 8, (784 + 1) * 32 + (32 + 1) * 32 + (32 + 1) * 10
     assert f"trained {trained:,} of {trained + total:,} parameters" in result
-    assert re.search(r"hidden/1/lora_b +\(8, 32\) +hidden io +Spectral", shown)
+    assert re.search(r"hidden/0…1/lora_b +\(8, 32\) +hidden io +Spectral", shown)
 
     base = finetune.Network(784, 32, 10, nnx.Rngs(5))
     finetune.load(base, saved)

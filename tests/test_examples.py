@@ -23,4 +23,4 @@ def test_example_is_short_and_shows_what_it_takes(name):
     assert not {node.module for node in imports} & LINES.keys()
     (ours,) = [node for node in imports if node.module == "scion_jax"]
     assert ours.end_lineno <= 30
-    assert {"flax_norms", "init_params"} <= {alias.name for alias in ours.names}
+    assert {"infer_norms", "init_params"} <= {alias.name for alias in ours.names}

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pkgutil
+import subprocess
 import sys
 
 import scion_jax
@@ -14,6 +15,14 @@ def test_no_module_is_shadowed_by_what_is_in_it():
         module = importlib.import_module(found.name)
         parent, _, name = found.name.rpartition(".")
         assert getattr(sys.modules[parent], name) is module, found.name
+
+
+def test_importing_it_imports_no_framework():
+    code = "import sys, scion_jax; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = set(done.stdout.split())
+    assert "scion_jax" in found
+    assert not found & {"equinox", "flax", "haiku", "keras", "maxtext", "tensorflow", "torch"}
 
 
 def classes():

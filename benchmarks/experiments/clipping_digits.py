@@ -9,7 +9,6 @@ Tuned and compared as in clipping.py.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from sklearn.datasets import load_digits
 from clipping import PAIRS, compare
 from optimizers import Contestant, clipped_and_not
 from records import Records, make_parser
-from scion_jax import Norm, Sign, Spectral, flax_norms, scaled_relu
+from scion_jax import Assignment, Sign, Spectral, infer_norms, scaled_relu
 from training import Setting, Task
 
 HELD_OUT = 360  # of 1,797 digits
@@ -65,22 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @functools.cache
 def task() -> Task:
     """Returns what is learned."""
-    return Task(make_model, loss, draw, lambda setting: whole(slice(HELD_OUT)), norms(1.0)[1])
+    return Task(make_model, loss, draw, lambda setting: whole(slice(HELD_OUT)))
 
 
 @functools.cache
 def contestants() -> dict[str, Contestant]:
     """Returns the optimizers by name; the constrained ones have eight times the room."""
-    large, labels = norms(8.0)
-    small, _ = norms(1.0)
-    return clipped_and_not(large, small, labels)
+    return clipped_and_not(norms(8.0), norms(1.0))
 
 
-def norms(radius: float) -> tuple[dict[str, Norm], Any]:
-    """Reads the norms off the network, and the labels that go with them."""
+def norms(radius: float) -> Assignment:
+    """Reads the norms off the loss."""
     network = nnx.eval_shape(lambda: Network(nnx.Rngs(0)))
-    last = {"^head": Sign(16 * radius, zero_init=True)}
-    return flax_norms(network, hidden=Spectral(radius), last=last)
+    last = Sign(16 * radius, zero_init=True)
+    return infer_norms(loss, network, whole(slice(1)), hidden=Spectral(radius), last=last)
 
 
 def make_model(setting: Setting, rngs: nnx.Rngs) -> Network:

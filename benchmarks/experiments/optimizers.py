@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from optax.contrib import muon
 
 from scion_jax import (
+    Assignment,
     ColNorm,
     Norm,
     Sign,
@@ -56,7 +57,7 @@ class Contestant:
 
     build: Build
     smallest: int
-    norms: Mapping[str, Norm] | None = None
+    norms: Mapping[str, Norm] | Assignment | None = None
 
     def grid(self) -> list[float]:
         """Returns the learning rates to try, in factors of 2."""
@@ -71,7 +72,9 @@ def _muon(rate: optax.Schedule, rho: ArrayLike) -> optax.GradientTransformation:
 
 
 def clipped_and_not(
-    constrained: Mapping[str, Norm], unconstrained: Mapping[str, Norm], labels: Any
+    constrained: Mapping[str, Norm] | Assignment,
+    unconstrained: Mapping[str, Norm] | Assignment,
+    labels: Any = None,
 ) -> dict[str, Contestant]:
     """Returns Scion, constrained and not, clipped and not; each keeps its pairing."""
     return {

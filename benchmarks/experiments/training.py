@@ -85,14 +85,14 @@ class Task:
         draw: Draws the batches of some steps, from the number of the first and how many, each array
             with a leading axis for the steps.
         held_out: What to validate on, a batch.
-        labels: Of the parameters, for the optimizers' norms.
+        labels: Of the parameters, for norms by label; None where these are assignments.
     """
 
     make_model: Callable[[Setting, nnx.Rngs], nnx.Module]
     loss: Callable[[Any, Any], jax.Array]
     draw: Callable[[Setting, int, int], Any]
     held_out: Callable[[Setting], Any]
-    labels: Any
+    labels: Any = None
 
 
 def train(setting: Setting, contestant: Contestant, task: Task) -> Outcome:
