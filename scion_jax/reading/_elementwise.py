@@ -235,7 +235,8 @@ def _as_data(uses: Uses, weight: Weight, data: Data | None, added: bool = True) 
     chosen = weight.data.chosen if weight.data else frozenset()
     itself = any(view.source in chosen for view in weight.views)  # the code nearest to data, say
     if weight.picked and not (itself or weight.data.fresh):  # rows that a router picked
-        gone = [tuple((f, "b" if r == "p" else r) for f, r in v.gone) for v in weight.views]
+        role = "b" if weight.dims() else "o"
+        gone = [tuple((f, role if r == "p" else r) for f, r in v.gone) for v in weight.views]
         views = tuple(v._replace(gone=g) for v, g in zip(weight.views, gone, strict=True))
         part = uses.entrywise(Weight(views), data or weight.data)
         return combined([part, weight.data._replace(views=(), onehot=None)])

@@ -240,14 +240,14 @@ def _rearranged(uses: Uses, weight: Weight, side: int, sums: _Sums) -> Weight | 
         return _product(uses, weight, roles, Data(), sums.places[side], sums.shape)._replace(
             views=()
         )
-    new = [d is None and n > 1 for d, n in zip(sums.places[side], sums.shape, strict=True)]
+    new = [d is None for d in sums.places[side]]
     views = []
     for view in weight.views:
         inner = {f.axis: None for d in sums.contract[side] for f in view.own(d)}
         moved = view.moved(sums.places[side], sums.shape, "-")
         if inner and any(new):
             gone = tuple((Factor(axis, 0, 1), "c") for axis in inner)
-            rows = [tuple(Factor(axis, 0, n) for axis in inner) for n in sums.shape]
+            rows = [tuple(Factor(axis, 0, n) for axis in inner if n > 1) for n in sums.shape]
             axes = tuple(
                 r if is_new else axis for r, is_new, axis in zip(rows, new, moved.axes, strict=True)
             )

@@ -107,6 +107,9 @@ class Uses:
             kind, problem = UNKNOWN, "one of its axes is input and output, or several parameters"
         if kind == MATRIX:
             kind = _fill(letters, view.shape)
+            one = any(r == "b" and f.size == 1 < view.shape[f.axis] for f, r in view.gone)
+            if kind == VECTOR and one and "i" in letters:
+                kind, problem = UNKNOWN, "data is multiplied with its rows or columns one by one"
         if kind == VECTOR:
             letters = [letter if letter == "b" else "o" for letter in letters]
         spans = view.spans()
@@ -136,9 +139,9 @@ class Uses:
         Returns:
             Data with the weight's axes, as the part of it in the result.
         """
-        stacked = data.stacked if data else frozenset()
         keys = {}
         for view in weight.views:
+            stacked = data.stacked if data and view.dims() - data.stacked else frozenset()
             roles = [
                 (f, "i" if f.stride < 0 else "b" if dim in stacked else "o")
                 for dim in range(len(view.axes))
@@ -268,8 +271,9 @@ class Uses:
     def stack(self, views: Iterable[View], dim: int) -> None:
         """Notes that a later weight has a matrix for each entry along an axis of a result."""
         found = [(view.source, f.axis) for view in views for f in view.own(dim)]
-        letters = [self.found[key].letters[:axis] for key, axis in found if key in self.found]
-        if not any("i" in before for before in letters):  # stacks lead
+        uses = [(self.found[key], axis) for key, axis in found if key in self.found]
+        before = [use.letters[:axis] for use, axis in uses if use.kind == MATRIX]
+        if before and not any("i" in letters for letters in before):  # stacks lead
             for key, axis in found:
                 self.note("stack", [key], axis)
 
