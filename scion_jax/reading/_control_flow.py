@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.core
-import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
+from scion_jax.reading._constants import constant, fold
 from scion_jax.reading._elementwise import combined, unknown
 from scion_jax.reading._live import CALLS, Liveness, body, scan_counts, scan_outputs
-from scion_jax.reading._structure import restructured
+from scion_jax.reading._structure import changed, moved
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._views import Constant, Data, Value, Weight
+from scion_jax.reading._views import Constant, Data, Value, View, Weight
 
 Rule = Callable[[Uses, Any, Sequence[Value]], Any]
 
@@ -54,11 +52,13 @@ class Reader:
         """
         uses = self.uses
         live = self.liveness.variables(jaxpr, outputs, uses.inside_custom)
-        environment = dict(zip(jaxpr.constvars, map(_constant, constants), strict=True))
+        environment: dict[Any, Value] = dict(
+            zip(jaxpr.constvars, map(constant, constants), strict=True)
+        )
         environment.update(zip(jaxpr.invars, values, strict=True))
 
         def value_of(atom: Any) -> Value:
-            return _constant(atom.val) if isinstance(atom, core.Literal) else environment[atom]
+            return constant(atom.val) if isinstance(atom, core.Literal) else environment[atom]
 
         transposed = uses.transposed
         for equation in jaxpr.eqns:
@@ -88,6 +88,8 @@ class Reader:
             return self._call(name, equation, values, outputs)
         if name in ("scan", "while", "cond"):
             return getattr(self, f"_{name}")(equation.params, values, outputs)
+        if all(isinstance(value, Constant) for value in values):
+            return fold(equation, values)  # pyright: ignore[reportArgumentType]
         results = self.rules.get(name, unknown)(self.uses, equation, values)
         return results if isinstance(results, list) else [results]
 
@@ -197,28 +199,18 @@ class Reader:
         return joined._replace(onehot=None, cotangent=all(p.cotangent for p in parts))
 
 
-def _constant(array: Any) -> Constant:
-    if isinstance(array, jax.core.Tracer) or np.size(array) > 64:
-        return Constant()
-    dtype = getattr(array, "dtype", None)
-    counts = isinstance(array, int) or (dtype is not None and jnp.issubdtype(dtype, np.integer))
-    return Constant(np.asarray(array)) if counts else Constant()
-
-
 def _row(value: Value, shape: Sequence[int]) -> Value:
-    dims = range(1, len(shape) + 1)
-    return restructured(value, lambda view: view.moved(dims, shape), dims)
+    return moved(value, range(1, len(shape) + 1), (1, *shape), shape)
 
 
 def _stacked(value: Value, length: int, shape: Sequence[int]) -> Value:
-    dims = [None, *range(len(shape))]
-    return restructured(value, lambda view: view.moved(dims, (length, *shape)), dims)
+    return moved(value, [None, *range(len(shape))], shape, (length, *shape))
 
 
 def _resized(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
-    if isinstance(value, Constant) or tuple(old) == tuple(new):
-        return value
-    for dim, (a, b) in enumerate(zip(old, new, strict=True)):
-        if a != b:
-            value = restructured(value, lambda view, d=dim, n=b: view.spread(d, n), range(len(old)))
-    return value
+    def change(view: View) -> View:
+        for dim, (before, after) in enumerate(zip(old, new, strict=True)):
+            view = view.spread(dim, after) if before != after else view
+        return view
+
+    return changed(value, change, range(len(old)))

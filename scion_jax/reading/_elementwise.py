@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from scion_jax.reading._uses import Uses
 from scion_jax.reading._views import (
     LOST,
@@ -46,21 +44,12 @@ SEVERAL = SUMS | frozenset(
 # No gradient goes through these.
 FLAT = frozenset("stop_gradient round floor ceil sign is_finite".split())
 
-_FOLDED = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "lt": np.less, "ge": np.greater_equal,
-    "max": np.maximum, "min": np.minimum, "eq": np.equal, "neg": np.negative,
-    "convert_element_type": lambda x: x, "select_n": lambda c, *xs: np.choose(c.astype(int), xs),
-    "clamp": lambda low, x, high: np.clip(x, low, high),
-}  # fmt: skip
-
 
 def elementwise(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     """Follows an operation entry by entry; scalars and axes of size one are broadcast."""
     name, shape = equation.primitive.name, equation.outvars[0].aval.shape
     shapes = [atom.aval.shape for atom in equation.invars]
     known = [value for value in values if not isinstance(value, Constant)]
-    if not known:
-        return _fold(name, values, shapes)
     if len(known) == 1 and isinstance(known[0], Data) and name not in ("eq", "exp"):
         data = known[0]
         old = next(s for s, value in zip(shapes, values, strict=True) if value is data)
@@ -74,9 +63,10 @@ def elementwise(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
         values = _patterned(values, shapes, shape)
         weights = [value for value in values if isinstance(value, Weight)]
     if weights:
-        values = _meet(uses, name, values, weights)
-        if isinstance(values, Weight):
-            return values
+        met = _meet(uses, name, values, weights)
+        if isinstance(met, Weight):
+            return met
+        values = met
     return _data(uses, name, values, shapes, shape)
 
 
@@ -189,7 +179,7 @@ def _alone(view: View, other: Data, live: Sequence[View]) -> bool:
 
 def _meet(
     uses: Uses, name: str, values: Sequence[Value], weights: Sequence[Weight]
-) -> Weight | list[Value]:
+) -> Weight | Sequence[Value]:
     """What weights become: a weight, or data in their place."""
     if len(weights) > 1 and any(weight.picked for weight in weights):
         values = [
@@ -206,7 +196,7 @@ def _meet(
         if name == "div" and values[0] is weight:
             return weight
         if weight.picked or len(weight.dims()) < 2:
-            return [uses.settle(v) if v is weight else v for v in values]
+            return [uses.settle(weight) if v is weight else v for v in values]
         return Weight(tuple(_part(view, LOST) for view in weight.views), weight.data)
     if not datas:
         weight = merged(name, weights)
@@ -232,17 +222,17 @@ def _meet(
 
 
 def _as_data(uses: Uses, weight: Weight, data: Data | None, added: bool = True) -> Data:
-    chosen = weight.data.chosen if weight.data else frozenset()
-    itself = any(view.source in chosen for view in weight.views)  # the code nearest to data, say
-    if weight.picked and not (itself or weight.data.fresh):  # rows that a router picked
-        role = "b" if weight.dims() else "o"
-        gone = [tuple((f, role if r == "p" else r) for f, r in v.gone) for v in weight.views]
-        views = tuple(v._replace(gone=g) for v, g in zip(weight.views, gone, strict=True))
-        part = uses.entrywise(Weight(views), data or weight.data)
-        return combined([part, weight.data._replace(views=(), onehot=None)])
-    if weight.data is not None:
+    picked = weight.data
+    if picked is None:
+        return uses.entrywise(weight, data, added)
+    itself = any(view.source in picked.chosen for view in weight.views)  # the nearest code, say
+    if not weight.picked or itself or picked.fresh:
         return uses.settle(weight)
-    return uses.entrywise(weight, data, added)
+    role = "b" if weight.dims() else "o"  # rows that a router picked
+    gone = [tuple((f, role if r == "p" else r) for f, r in v.gone) for v in weight.views]
+    views = tuple(v._replace(gone=g) for v, g in zip(weight.views, gone, strict=True))
+    part = uses.entrywise(Weight(views), data or picked)
+    return combined([part, picked._replace(views=(), onehot=None)])
 
 
 def merged(name: str, weights: Sequence[Weight]) -> Weight | None:
@@ -300,40 +290,16 @@ def _part(view: View, part: str) -> View:
     return view if view.part in (STOPPED, LOST) else view._replace(part=part)
 
 
-def _fold(name: str, values: Sequence[Value], shapes: Sequence[Any]) -> Constant:
-    constants = [value for value in values if isinstance(value, Constant)]
-    known = [constant.value for constant in constants]
-    counting = [c.iota for c in constants if c.iota]
-    iota: tuple[int, ...] = ()
-    if len(counting) == 1 and (name in LINEAR or name in ("add", "sub")):
-        iota = (
-            counting[0]
-            if all(c.iota or not s for c, s in zip(constants, shapes, strict=True))
-            else ()
-        )
-    if name == "eq" and len(counting) == 2 and counting[0] != counting[1]:
-        iota = counting[0] + counting[1]
-    if name in _FOLDED and all(value is not None for value in known):
-        return Constant(np.asarray(_FOLDED[name](*known)), iota)
-    return Constant(None, iota)
-
-
-def unknown(uses: Uses, equation: Any, values: Sequence[Value]) -> Any:
+def unknown(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
     """What no rule is known for: data goes on, and parameters are refused."""
     parts = []
     for value in values:
-        if isinstance(value, Weight):
-            if value.picked:
-                parts.append(uses.settle(value))
-                continue
-            uses.refuse(
-                value, f"{equation.primitive.name} is not an operation that reading follows"
-            )
+        if isinstance(value, Weight) and value.picked:
+            parts.append(uses.settle(value))
+        elif isinstance(value, Weight):
+            uses.refuse(value, f"{equation.primitive.name} is no operation that reading follows")
             parts.append(value.data or Data())
         elif isinstance(value, Data):
             parts.append(value)
-    if not parts:
-        return [Constant()] * len(equation.outvars)
     uses.consume(view for part in parts for view in part.views)
-    bare = [p._replace(views=(), flat=frozenset(), stacked=frozenset(), onehot=None) for p in parts]
-    return [combined(bare)] * len(equation.outvars)
+    return [combined([part.bare() for part in parts])] * len(equation.outvars)

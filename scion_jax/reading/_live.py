@@ -50,7 +50,7 @@ class Liveness:
         key = id(jaxpr), tuple(outputs), custom
         if key not in self._known:
             live = {v for v, is_live in zip(jaxpr.outvars, outputs, strict=True) if is_live}
-            live = {v for v in live if _differentiable(v)}
+            live = {v for v in live if differentiable(v)}
             for equation in reversed(jaxpr.eqns):
                 reached = [v in live for v in equation.outvars]
                 if any(reached):
@@ -68,12 +68,12 @@ class Liveness:
             if not name.startswith("custom"):
                 live = self.variables(jaxpr, outputs, custom)
                 pairs = zip(jaxpr.invars, inputs, strict=True)
-                return [v for inner, v in pairs if inner in live and _differentiable(v)]
+                return [v for inner, v in pairs if inner in live and differentiable(v)]
         elif name == "scan":
             inputs = self._scan(params, inputs, outputs, custom)
         elif name == "while":
             inputs = inputs[params["cond_nconsts"] :]
-        return [v for v in inputs if _differentiable(v)]
+        return [v for v in inputs if differentiable(v)]
 
     def _scan(
         self, params: Any, inputs: list[Any], outputs: Sequence[bool], custom: bool
@@ -100,6 +100,7 @@ def scan_outputs(
     return outputs
 
 
-def _differentiable(atom: Any) -> bool:
+def differentiable(atom: Any) -> bool:
+    """Whether a variable has a gradient at all."""
     dtype = getattr(atom.aval, "dtype", None)
     return isinstance(atom, core.Var) and dtype is not None and jnp.issubdtype(dtype, jnp.inexact)

@@ -11,7 +11,7 @@ from typing import Any
 from scion_jax._assignment import Assignment, Entry
 from scion_jax.hyperparameters import level_of_the_caller
 from scion_jax.labels import nearest, without_collection
-from scion_jax.norms import BiasRMS, ColNorm, Norm, Spectral
+from scion_jax.norms import BiasRMS, ColNorm, Norm, Sign, Spectral
 from scion_jax.norms.layout import candidates
 from scion_jax.reading._roles import Role, read_roles
 
@@ -133,7 +133,7 @@ def _by_kind(
         return "embedding", embeddings, role.layout
     if role.kind == "tied" and role.last and last is None:
         return "embedding", embeddings, role.layout.translate(_SWAPPED)
-    if role.kind == "tied" and role.last and hasattr(last, "zero_init"):
+    if role.kind == "tied" and role.last and isinstance(last, Sign):
         # A head may start at zero, an embedding must not.
         return "last", dataclasses.replace(last, zero_init=False), role.layout
     if role.last and last is not None:

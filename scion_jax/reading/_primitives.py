@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scion_jax.reading import _lookups as lookups
 from scion_jax.reading import _products as products
 from scion_jax.reading import _structure as structure
 from scion_jax.reading._control_flow import Rule
 from scion_jax.reading._elementwise import LINEAR, SEVERAL, UNARY, elementwise, stopped
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._views import Constant, Data, Value, Weight
+from scion_jax.reading._views import Data, Value, Weight
 
 
 def _each(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
@@ -30,10 +31,6 @@ def _stop(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     return stopped(value) if isinstance(value, Weight) else value
 
 
-def _iota(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
-    return Constant(None, (equation.params["dimension"],))
-
-
 _REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"
 _ALONG_AXES = "rev cumsum cumprod cummax cummin cumlogsumexp fft tile"
 
@@ -41,10 +38,9 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LINEAR | UNARY | SEVERAL, elementwise),
     **dict.fromkeys("optimization_barrier psum psum2 psum_invariant pmax pmin".split(), _each),
     **dict.fromkeys(_REDUCTIONS.split(), structure.reduce),
-    **dict.fromkeys(_ALONG_AXES.split(), structure.same_axes),
-    **dict.fromkeys("scatter scatter-add dynamic_update_slice".split(), structure.update),
+    **dict.fromkeys(_ALONG_AXES.split(), structure.along_axes),
+    **dict.fromkeys("scatter scatter-add dynamic_update_slice".split(), lookups.update),
     "stop_gradient": _stop,
-    "iota": _iota,
     "dot_general": products.dot_general,
     "ragged_dot_general": products.ragged_dot,
     "conv_general_dilated": products.convolution,
@@ -52,12 +48,12 @@ RULES: Mapping[str, Rule] = {
     "broadcast_in_dim": structure.broadcast_in_dim,
     "transpose": structure.transpose,
     "squeeze": structure.squeeze,
-    "slice": structure.cut,
+    "slice": structure.slice_,
     "split": structure.split,
     "stack": structure.stack,
     "unstack": structure.unstack,
     "concatenate": structure.concatenate,
     "pad": structure.pad,
-    "gather": structure.gather,
-    "dynamic_slice": structure.dynamic_slice,
+    "gather": lookups.gather,
+    "dynamic_slice": lookups.dynamic_slice,
 }

@@ -12,6 +12,7 @@ from jax.extend import source_info_util
 
 from scion_jax.labels import leaf_path
 from scion_jax.reading._control_flow import Reader
+from scion_jax.reading._live import differentiable
 from scion_jax.reading._primitives import RULES
 from scion_jax.reading._uses import EMBEDDING, MATRIX, UNKNOWN, VECTOR, WEAK, Use, Uses
 from scion_jax.reading._views import Data, Weight, whole
@@ -71,7 +72,8 @@ def read_roles(
         >>> def loss(params, x):
         ...     return jnp.sum(jax.nn.relu(x @ params["kernel"] + params["bias"]))
         >>> params = {"bias": jnp.zeros(64), "kernel": jnp.zeros((16, 64))}
-        >>> [(role.path, role.kind, role.layout) for role in read_roles(loss, params, jnp.ones((8, 16)))]
+        >>> roles = read_roles(loss, params, jnp.ones((8, 16)))
+        >>> [(role.path, role.kind, role.layout) for role in roles]
         [('bias', 'vector', 'o'), ('kernel', 'matrix', 'io')]
     """
     if not callable(function):
@@ -101,7 +103,7 @@ def read_roles(
     uses.live = True
     for atom, value in zip(jaxpr.outvars, outputs, strict=True):
         value = uses.settle(value) if isinstance(value, Weight) and value.data else value
-        if isinstance(value, Data) and jnp.issubdtype(atom.aval.dtype, jnp.inexact):
+        if isinstance(value, Data) and differentiable(atom):
             uses.consume(value.views)
             uses.note("reached", value.pending)
             uses.note("suspected", value.suspects)
@@ -208,7 +210,7 @@ def _agreed(uses: Sequence[Use], shape: Sequence[int]) -> list[str | None] | Non
 
 def _parts(
     entries: Sequence[tuple[Any, Use]],
-    letters: list[str | None],
+    letters: list[str],
     shape: Sequence[int],
     pieces: Mapping[Any, set[Any]],
 ) -> list[str]:
@@ -283,9 +285,9 @@ def _arrays(tree: Any, floating: bool) -> tuple[list[tuple[Any, Any]], Callable[
     entries, structure = jax.tree_util.tree_flatten_with_path(tree)
 
     def is_taken(leaf: Any) -> bool:
-        dtype = getattr(leaf, "dtype", None)
-        array = dtype is not None and hasattr(leaf, "shape")
-        return array and (not floating or jnp.issubdtype(dtype, jnp.inexact))
+        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            return False
+        return not floating or jnp.issubdtype(leaf.dtype, jnp.inexact)
 
     places = [n for n, (_, leaf) in enumerate(entries) if is_taken(leaf)]
 

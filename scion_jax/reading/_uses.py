@@ -27,7 +27,7 @@ class Use(NamedTuple):
         problem: For `UNKNOWN`, what is not known.
     """
 
-    source: int
+    source: Hashable
     kind: str
     letters: tuple[str | None, ...]
     groups: tuple[int, ...]

@@ -91,11 +91,14 @@ class View(NamedTuple):
             axes.append(kept)
         return self._replace(axes=tuple(axes), gone=self.gone + tuple((f, role) for f in lost))
 
-    def without(self, dims: Sequence[int], role: str) -> View:
-        """Takes axes away that have got a role."""
+    def plain(self, dims: Sequence[int], sizes: Sequence[int], role: str) -> View:
+        """Takes the parameter off axes, which gives it a role there."""
         lost = tuple((f, role) for d in dims for f in self.own(d))
-        axes = tuple(axis for d, axis in enumerate(self.axes) if d not in dims)
-        return self._replace(axes=axes, gone=self.gone + lost)
+        axes = (
+            axis if d not in dims else (Factor(PLAIN, 0, n),) if n != 1 else ()
+            for d, (axis, n) in enumerate(zip(self.axes, sizes, strict=True))
+        )
+        return self._replace(axes=tuple(axes), gone=self.gone + lost)
 
     def reshaped(self, shape: Sequence[int]) -> View:
         """Splits and merges axes."""
@@ -229,6 +232,11 @@ class Data(NamedTuple):
     composed: frozenset[Hashable] = frozenset()
     outer: tuple[frozenset[int], ...] = ()
     chosen: frozenset[Hashable] = frozenset()
+
+    def bare(self) -> Data:
+        """Forgets all that has axes."""
+        none = frozenset()
+        return self._replace(views=(), flat=none, stacked=none, onehot=None, outer=())
 
     def moved(self, dims: Sequence[int | None]) -> Data:
         """Puts its axes elsewhere; `dims` names the old axis of every new one. Not its views."""

@@ -80,11 +80,20 @@ class Maker:
         self.program.expected[name] = kind, letters
         return lambda params: restore(params[name])
 
-    def _stored(self, letters: str, shape: tuple[int, ...]) -> tuple[Any, str, Callable[[Any], Any]]:
+    def _stored(
+        self, letters: str, shape: tuple[int, ...]
+    ) -> tuple[Any, str, Callable[[Any], Any]]:
         steps: list[Callable[[Any], Any]] = []
         for _ in range(self.random.randint(0, 3)):
             letters, shape, step = self.random.choice(
-                [self._transposed, self._merged, self._indexed, self._reshaped, self._cast, self._kept]
+                [
+                    self._transposed,
+                    self._merged,
+                    self._indexed,
+                    self._reshaped,
+                    self._cast,
+                    self._kept,
+                ]
             )(letters, shape)
             steps.append(step)
 
@@ -165,7 +174,9 @@ class Maker:
         words, width = 11, self.random.choice([4, 6, 10])
         self.program.inputs = (jnp.asarray(self.numbers.integers(0, words, (3, 5))),)
         name = f"p{len(self.program.params)}"
-        self.program.params[name] = jnp.asarray(self.numbers.normal(size=(words, width)), jnp.float32)
+        self.program.params[name] = jnp.asarray(
+            self.numbers.normal(size=(words, width)), jnp.float32
+        )
         self.program.expected[name] = "embedding", "io"
         look = self.random.choice(
             [
@@ -188,7 +199,9 @@ class Maker:
                 lambda k, x: jnp.einsum("io,bti->bto", k, x),
                 lambda k, x: jax.vmap(jax.vmap(lambda row: k.T @ row))(x),
                 lambda k, x: jnp.tensordot(x, k, ((2,), (0,))),
-                lambda k, x: jnp.moveaxis(jax.lax.dot_general(k, x, (((0,), (2,)), ((), ()))), 0, -1),
+                lambda k, x: jnp.moveaxis(
+                    jax.lax.dot_general(k, x, (((0,), (2,)), ((), ()))), 0, -1
+                ),
                 lambda k, x: jnp.sum(x[..., None] * k, 2),
                 lambda k, x: jax.checkpoint(lambda a: jnp.matmul(a, k))(x),
                 lambda k, x: jax.lax.map(lambda row: row @ k, x),
