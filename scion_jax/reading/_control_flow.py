@@ -52,10 +52,8 @@ class Reader:
         """
         uses = self.uses
         live = self.liveness.variables(jaxpr, outputs, uses.inside_custom)
-        environment: dict[Any, Value] = dict(
-            zip(jaxpr.constvars, map(constant, constants), strict=True)
-        )
-        environment.update(zip(jaxpr.invars, values, strict=True))
+        environment: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
+        environment.update(zip(jaxpr.constvars, map(constant, constants), strict=True))
 
         def value_of(atom: Any) -> Value:
             return constant(atom.val) if isinstance(atom, core.Literal) else environment[atom]

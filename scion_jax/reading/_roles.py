@@ -112,7 +112,7 @@ def read_roles(
     for word, key, *more in uses.notes:
         if word == "piece" and ("whole", key) not in uses.notes:
             pieces.setdefault(key, set()).add(more[0])
-    found: dict[int, list[tuple[Any, Use]]] = {}
+    found: dict[Any, list[tuple[Any, Use]]] = {}
     for key, use in uses.found.items():
         found.setdefault(use.source, []).append((key, use))
     roles = []
