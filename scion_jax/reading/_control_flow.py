@@ -74,9 +74,9 @@ class Reader:
         return [value_of(atom) for atom in jaxpr.outvars]
 
     def _is_transposed(self, names: Any) -> bool:
-        if names not in self._transposed:
-            self._transposed[names] = "transpose(" in str(names)
-        return self._transposed[names]
+        if id(names) not in self._transposed:
+            self._transposed[id(names)] = "transpose(" in str(names)
+        return self._transposed[id(names)]
 
     def _follow(
         self, equation: Any, values: Sequence[Value], outputs: Sequence[bool]

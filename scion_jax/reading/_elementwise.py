@@ -105,10 +105,22 @@ def aligned(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
     return moved._replace(flat=moved.flat | flat, views=views)
 
 
+_PLAIN = Data()
+
+
 def combined(parts: Sequence[Data]) -> Data:
     """What comes of several data that meet."""
     if len(parts) == 1:
         return parts[0]
+    rich = [part for part in parts if part[2:] != _PLAIN[2:]]
+    if len(rich) < 2:  # as most are: of the others only two things are known
+        return (rich or parts)[0]._replace(
+            fresh=all(part.fresh for part in parts),
+            pending=frozenset().union(*[part.pending for part in parts]),
+            flat=frozenset(),
+            cotangent=False,
+            learned=False,
+        )
     views = {view: None for part in parts for view in part.views}
     return Data(
         fresh=all(part.fresh for part in parts),

@@ -46,7 +46,7 @@ class Uses:
         notes: What became of their results, each a word, a key, and perhaps more: `"followed"` by a
             product, `"reached"` the outputs, `"demoted"` since it only measured the weight,
             `"suspected"` of being part of a weight that data made, `"piece"` of a result that goes
-            its own way, with the ranges; `"stack"`, with an axis along which a later weight has a
+            its own way, with the ranges, and `"used"` without; `"stack"`, with an axis along which a later weight has a
             matrix for each entry of the result.
         positional: Weights that were multiplied with a constant and then met only parameters: each
             the first layer of a network of positions, if what comes of it goes on into a product.
@@ -287,13 +287,17 @@ class Uses:
         """Notes that pieces of results are used as they are."""
         for view in views:
             self.note("piece", [view.source], view.spans())
+            self.note("used", [view.source])
 
     def is_table(self, view: View) -> bool:
         """Whether a view is of something added that has several axes, and might be a weight."""
-        return view.source[2] == VECTOR and len(view.dims()) > 1  # pyright: ignore
+        several = len(view.shape) > 1 and view.source[2] == VECTOR  # pyright: ignore
+        return several and len(view.dims()) > 1
 
     def consumed(self, view: View) -> bool:
         """Tells whether all that a view shows was used as it is already."""
+        if ("used", view.source) not in self.notes:
+            return False
         return ("piece", view.source, view.spans()) in self.notes
 
 

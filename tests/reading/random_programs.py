@@ -63,8 +63,9 @@ class Maker:
         width = start()
         for _ in range(self.random.randint(1, 4)):
             layer = self.random.choice(
-                [self._dense, self._dense, self._bias, self._gain, self._looped, self._fused,
-                 self._attention, self._experts, self._convolution, self._positions, self._nonlinear]
+                [self._dense, self._dense, self._bias, self._gain, self._looped,
+                 self._fused, self._attention, self._experts, self._convolution, self._positions,
+                 self._nonlinear]
             )  # fmt: skip
             width = layer(width)
         self._dense(width)
