@@ -21,7 +21,7 @@ _LARGEST = 64
 
 def constant(array: Any) -> Constant:
     """Looks at an array: small ones of whole numbers may be indices."""
-    if isinstance(array, jax.core.Tracer) or np.size(array) > _LARGEST:
+    if isinstance(array, float | jax.core.Tracer) or np.size(array) > _LARGEST:
         return Constant()
     dtype = getattr(array, "dtype", None)
     counts = isinstance(array, int) or (dtype is not None and jnp.issubdtype(dtype, np.integer))

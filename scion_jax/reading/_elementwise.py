@@ -48,13 +48,13 @@ FLAT = frozenset("stop_gradient round floor ceil sign is_finite".split())
 def elementwise(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     """Follows an operation entry by entry; scalars and axes of size one are broadcast."""
     name, shape = equation.primitive.name, equation.outvars[0].aval.shape
-    shapes = [atom.aval.shape for atom in equation.invars]
-    known = [value for value in values if not isinstance(value, Constant)]
-    if len(known) == 1 and isinstance(known[0], Data) and name not in ("eq", "exp"):
-        data = known[0]
-        old = next(s for s, value in zip(shapes, values, strict=True) if value is data)
-        if not data.flat and data.onehot is None and old == shape:
+    known = [n for n, value in enumerate(values) if not isinstance(value, Constant)]
+    data = values[known[0]]
+    if len(known) == 1 and isinstance(data, Data) and name not in ("eq", "exp"):
+        same = not data.flat and data.onehot is None
+        if same and equation.invars[known[0]].aval.shape == shape:
             return data  # as most are: nothing about it changes
+    shapes = [atom.aval.shape for atom in equation.invars]
     values = [aligned(v, old, shape) for v, old in zip(values, shapes, strict=True)]
     if name == "div" and isinstance(values[1], Weight) and isinstance(values[0], Data):
         values[1] = _as_data(uses, values[1], values[0])  # 1 / W, times data
