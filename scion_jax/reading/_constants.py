@@ -73,7 +73,7 @@ _FOLDED: Mapping[str, Callable[..., Any]] = {
     "clamp": lambda p, low, x, high: np.clip(x, low, high),
     "select_n": lambda p, which, *xs: np.choose(which.astype(int), xs),
     "convert_element_type": lambda p, x: x,
-    "reshape": lambda p, x: x.reshape(p["new_sizes"]),
+    "reshape": lambda p, x: np.transpose(x, p["dimensions"]).reshape(p["new_sizes"]),
     "squeeze": lambda p, x: x.squeeze(p["dimensions"]),
     "concatenate": lambda p, *xs: np.concatenate(xs, p["dimension"]),
     "broadcast_in_dim": _broadcast,

@@ -203,7 +203,7 @@ def _meet(
     datas = [value for value in values if isinstance(value, Data)]
     if len(weights) == 1 and not datas:
         (weight,) = weights
-        if weight.data is None or name in LINEAR or name in ("mul", "select_n"):
+        if weight.data is None or name in LINEAR or name in ("mul", "add", "sub", "select_n"):
             return stopped(weight) if name in FLAT and not uses.inside_custom else weight
         if name == "div" and values[0] is weight:
             return weight

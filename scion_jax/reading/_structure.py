@@ -55,10 +55,13 @@ def shapes(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def reshape(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     """Splits and merges axes."""
-    old, new = shapes(equation)
+    (old, new), (value, *_), order = shapes(equation), values, equation.params["dimensions"]
+    if order is not None:  # permutes them first
+        value = moved(value, order, old, [old[d] for d in order])
+        old = tuple(old[d] for d in order)
     ends = {(math.prod(old[:d]), n): d for d, n in enumerate(old)}
     dims = [ends.get((math.prod(new[:d]), n)) if n > 1 else None for d, n in enumerate(new)]
-    return changed(values[0], lambda view: view.reshaped(new), dims)
+    return changed(value, lambda view: view.reshaped(new), dims)
 
 
 def broadcast_in_dim(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:

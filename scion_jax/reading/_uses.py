@@ -45,9 +45,9 @@ class Uses:
         found: Uses by key. A key is the same whenever an equation is read again, as loops are.
         notes: What became of their results, each a word, a key, and perhaps more: `"followed"` by a
             product, `"reached"` the outputs, `"demoted"` since it only measured the weight,
-            `"suspected"` of being part of a weight that data made, `"piece"` of a result that goes
-            its own way, with the ranges, and `"used"` without; `"stack"`, with an axis along which a later weight has a
-            matrix for each entry of the result.
+            `"suspected"` of being part of a weight that data made, `"whole"` since it is not cut;
+            `"piece"` of a result that goes its own way, with the ranges, and `"used"` without;
+            `"stack"`, with an axis along which a later weight has a matrix for each entry.
         positional: Weights that were multiplied with a constant and then met only parameters: each
             the first layer of a network of positions, if what comes of it goes on into a product.
         equation: The equation that is read now.
@@ -107,9 +107,9 @@ class Uses:
             kind, problem = UNKNOWN, "one of its axes is input and output, or several parameters"
         if kind == MATRIX:
             kind = _fill(letters, view.shape)
-            one = any(r == "b" and f.size == 1 < view.shape[f.axis] for f, r in view.gone)
-            if kind == VECTOR and one and "i" in letters:
-                kind, problem = UNKNOWN, "data is multiplied with its rows or columns one by one"
+            one = [f for f, r in view.gone if r == "b" and view.shape[f.axis] > 1]
+            if kind == VECTOR and any(f.size == 1 or "i" in letters[: f.axis] for f in one):
+                kind, problem = (UNKNOWN, _ONE_BY_ONE) if "i" in letters else (kind, problem)
         if kind == VECTOR:
             letters = [letter if letter == "b" else "o" for letter in letters]
         spans = view.spans()
@@ -149,7 +149,10 @@ class Uses:
             ]
             rows = len({role for _, role in roles}) > 1 and any(role == "i" for _, role in roles)
             statistic = any(role == "-" and f.size > 1 for f, role in view.gone)
-            if statistic and view.part == LOST:
+            several = sum(v.source == view.source for v in weight.views) > 1
+            if several and weight.data is not None and not weight.picked:
+                self.record(UNKNOWN, view, (), problem=_ONE_BY_ONE)
+            elif statistic and view.part == LOST:
                 self.record(WEAK, view, roles, problem=_BENT)
             elif view.part == LOST and weight.data is not None:
                 self.record(VECTOR, view, roles)
@@ -302,6 +305,7 @@ class Uses:
 
 
 _MET = "it meets another parameter before it meets data"
+_ONE_BY_ONE = "data is multiplied with its rows or columns one by one"
 _BENT = "data scales it before an operation that is not linear"
 _CLOSED_OVER = "it is multiplied with a constant, and inputs must be arguments"
 _SWAP = {"I": "O", "O": "I"}
