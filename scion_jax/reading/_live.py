@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,5 +103,9 @@ def scan_outputs(
 
 def differentiable(atom: Any) -> bool:
     """Whether a variable has a gradient at all."""
-    dtype = getattr(atom.aval, "dtype", None)
-    return isinstance(atom, core.Var) and dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    return isinstance(atom, core.Var) and _is_inexact(getattr(atom.aval, "dtype", None))
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))

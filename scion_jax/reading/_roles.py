@@ -115,11 +115,11 @@ def read_roles(
     found: dict[Any, list[tuple[Any, Use]]] = {}
     for key, use in uses.found.items():
         found.setdefault(use.source, []).append((key, use))
-    roles = []
+    roles, places = [], {}
     for n, ((keys, leaf), variable) in enumerate(zip(leaves, jaxpr.invars, strict=False)):
         role = Role(leaf_path(keys), tuple(leaf.shape), "unused", "")
         if variable in reached:
-            role = _role(role.path, role.shape, found.get(n, []), uses, pieces)
+            role = _role(role.path, role.shape, found.get(n, []), uses, pieces, places)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating) and not role.problem:
             role = role._replace(problem="no norm is known for complex numbers")
         roles.append(role)
@@ -132,13 +132,14 @@ def _role(
     entries: list[tuple[Any, Use]],
     uses: Uses,
     pieces: Mapping[Any, set[Any]],
+    places: dict[Any, str],
 ) -> Role:
     """Finds what all uses of a parameter agree on."""
     shape = tuple(shape)
     strong = [e for e in entries if e[1].kind != WEAK and ("demoted", e[0]) not in uses.notes]
     strong = [e for e in strong if not e[1].transposed] or strong
     counted = strong or entries
-    used_at = tuple(dict.fromkeys(_place(use) for _, use in counted))
+    used_at = tuple(dict.fromkeys(_place(use, places) for _, use in counted))
     unknown = Role(path, shape, "unknown", "", used_at=used_at)
     if not counted:
         return unknown._replace(problem="it reaches the output without meeting data")
@@ -162,12 +163,12 @@ def _role(
     if kinds == {EMBEDDING, MATRIX}:
         kinds = {MATRIX}
     if len(kinds) > 1:
-        return unknown._replace(problem=f"its uses disagree: {_listed(counted)}")
+        return unknown._replace(problem=f"its uses disagree: {_listed(counted, places)}")
     (kind,) = kinds
     agreeing = [(key, use) for key, use in counted if use.kind == kind or kind == VECTOR]
     letters = _agreed([use for _, use in agreeing], shape)
     if letters is None:
-        return unknown._replace(problem=f"its uses disagree: {_listed(counted)}")
+        return unknown._replace(problem=f"its uses disagree: {_listed(counted, places)}")
     for axis, letter in enumerate(letters):  # an ensemble's members, which lead
         stack = any(("stack", key, axis) in uses.notes for key, _ in agreeing)
         if stack and letter == "o" and "i" not in letters[:axis] and "o" in letters[axis + 1 :]:
@@ -264,18 +265,23 @@ def _tiles(spans: set[tuple[int, int]], size: int) -> list[int]:
     return [stop - start for start, stop in merged] if covers else []
 
 
-def _place(use: Use) -> str:
+def _place(use: Use, known: dict[Any, str]) -> str:
+    name = use.equations[0].primitive.name
     for equation in use.equations:  # those of library functions may have no place of their own
-        file, *line = source_info_util.summarize(equation.source_info).split(" ")[0].split(":")
-        if line:
-            name = file.replace("\\", "/").rsplit("/", 1)[-1]
-            return f"{use.equations[0].primitive.name} {name}:{line[0]}"
-    return use.equations[0].primitive.name
+        trace = equation.source_info.traceback
+        if trace not in known:  # layers in a loop share theirs
+            file, *line = source_info_util.summarize(equation.source_info).split(" ")[0].split(":")
+            file = file.replace("\\", "/").rsplit("/", 1)[-1]
+            known[trace] = f" {file}:{line[0]}" if line else ""
+        if known[trace]:
+            return name + known[trace]
+    return name
 
 
-def _listed(entries: Sequence[tuple[Any, Use]]) -> str:
+def _listed(entries: Sequence[tuple[Any, Use]], places: dict[Any, str]) -> str:
     texts = [
-        f"{use.kind} {''.join(x or '?' for x in use.letters)} ({_place(use)})" for _, use in entries
+        f"{use.kind} {''.join(x or '?' for x in use.letters)} ({_place(use, places)})"
+        for _, use in entries
     ]
     return "; ".join(dict.fromkeys(texts))
 
