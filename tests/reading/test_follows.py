@@ -15,7 +15,7 @@ from leaves import shape, squares
 from scion_jax.norms.layout import parse_layout
 from scion_jax.reading import read_roles
 
-pytestmark = pytest.mark.unoptimized
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 
 def roles_of(function, params, *inputs):

@@ -29,7 +29,7 @@ from test_follows import (
     wave,
 )  # fmt: skip
 
-pytestmark = pytest.mark.unoptimized
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 CONSTANT = np.sin(np.arange(45.0, dtype=np.float32)).reshape(9, 5)
