@@ -165,7 +165,7 @@ def _data(
     for value, old in zip(values, shapes, strict=True):
         if flat and isinstance(value, Constant) and len(old) == len(shape) > 0:
             flat = frozenset(d for d in flat if old[d] == 1)
-    if name == "mul" and len(parts) == 2 and flat_in_both(parts, len(shape)):
+    if name == "mul" and len(parts) == 2 and _crossed(*parts):
         data = data._replace(outer=(parts[0].flat, parts[1].flat))
     if name == "exp" and data.composed:  # scores of a learned query
         uses.note("suspected", data.composed)
@@ -175,9 +175,9 @@ def _data(
     return data._replace(onehot=onehot, flat=flat, soft=soft)
 
 
-def flat_in_both(parts: Sequence[Data], rank: int) -> bool:
-    """Whether each of two data varies along axes along which the other does not."""
-    return all(part.flat - other.flat for part, other in (parts, parts[::-1])) and rank > 0
+def _crossed(one: Data, other: Data) -> bool:
+    """Whether each varies along axes along which the other does not: an outer product."""
+    return bool(one.flat - other.flat) and bool(other.flat - one.flat)
 
 
 _KEEPS_ONEHOT = LINEAR | {"mul", "and", "select_n"}

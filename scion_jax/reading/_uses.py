@@ -114,7 +114,8 @@ class Uses:
             letters = [letter if letter == "b" else "o" for letter in letters]
         spans = view.spans()
         where = where or self.place()
-        key = (id(where[0]), view.source, kind, spans, problem, self.transposed)
+        # The letters, since a function that was traced once may be called with W and with Wᵀ.
+        key = (id(where[0]), view.source, kind, spans, problem, self.transposed, tuple(letters))
         if not self.live or view.part == STOPPED:
             return key
         self.found[key] = Use(
@@ -217,7 +218,7 @@ class Uses:
             kind: `VECTOR` for a product without inputs or without outputs.
 
         Returns:
-            The keys of the uses, None for each view without.
+            The keys of the uses, one for each view.
         """
         if data.learned:
             self._confirm_positional(data)

@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from leaves import cross_entropy, of, read, shape, squares
 from scion_jax import Sign
+from scion_jax.reading import read_roles
 
 pytestmark = pytest.mark.unoptimized
 
@@ -225,3 +226,15 @@ def test_mapped_experts_of_one_input_that_are_summed():
         return squares(jax.vmap(lambda kernel: x @ kernel)(w["kernel"]).sum(0))
 
     assert read(loss, {"kernel": shape(3, 4, 5)}, shape(2, 4)) == of("bio")
+
+
+def test_one_trace_that_is_called_with_a_kernel_and_with_its_transpose():
+    multiply = jax.jit(jnp.matmul)  # read once for both, were it not for the roles of the axes
+
+    def loss(kernel, x):
+        hidden = jnp.tanh(multiply(x, kernel))
+        return jnp.mean(jnp.square(multiply(hidden, kernel.T) - x))
+
+    (role,) = read_roles(loss, jnp.ones((5, 5)), jnp.ones((3, 5)))
+    assert role.kind == "unknown"
+    assert "disagree" in role.problem
