@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-import naive
 import scion_jax
 from scion_jax import (
     ExactPolar,
@@ -18,6 +17,7 @@ from scion_jax import (
     unconstrained_scion,
 )
 from scion_jax.optimizers import clipped
+from tests.support import naive
 
 pytestmark = pytest.mark.unoptimized
 

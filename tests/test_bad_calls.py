@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
 
-import arguments
-import inputs
 import scion_jax
-from arguments import BAD_LAYOUTS, NO_PARAMETERS, one_of, shape
-from refusals import outcome, random_cases, traced, types
 from scion_jax import Auto, Sign, Spectral
+from tests.support import arguments, inputs
+from tests.support.arguments import BAD_LAYOUTS, NO_PARAMETERS, one_of, shape
+from tests.support.refusals import outcome, random_cases, traced, types
 
 pytestmark = pytest.mark.unoptimized
 

@@ -9,12 +9,11 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-import arguments
-import inputs
 import scion_jax
-from arguments import argument, one_of, shape
-from inputs import with_leaf
-from refusals import check_stable, outcome, random_cases, traced, types
+from tests.support import arguments, inputs
+from tests.support.arguments import argument, one_of, shape
+from tests.support.inputs import with_leaf
+from tests.support.refusals import check_stable, outcome, random_cases, traced, types
 
 pytestmark = pytest.mark.unoptimized
 

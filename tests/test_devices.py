@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import scion_jax
-from meshes import collectives, compiled, in_loops, lmos_of, make
 from scion_jax import NewtonSchulz, Spectral, label_by_path, orthogonalize
+from tests.support.meshes import collectives, compiled, in_loops, lmos_of, make
 
 EXACT = NewtonSchulz(compute_dtype=jnp.float32)  # comparisons are close; bfloat16 is tested below
 NORMS = {

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-import naive
 from scion_jax import (
     BiasRMS,
     ColNorm,
@@ -23,6 +22,7 @@ from scion_jax import (
     unconstrained_clipped_scion,
     unconstrained_scion,
 )
+from tests.support import naive
 
 pytestmark = pytest.mark.unoptimized
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import naive
 from scion_jax import Auto, BiasRMS, ExactPolar, Sign, Spectral, SpectralConv
 from scion_jax.norms.layout import parse_layout
+from tests.support import naive
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 

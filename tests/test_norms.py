@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import naive
 import scion_jax
 from scion_jax import (
     Auto,
@@ -26,6 +25,7 @@ from scion_jax import (
     numerics,
 )
 from scion_jax.norms.leaves import Leaf, gauge_bounds, lmos
+from tests.support import naive
 
 pytestmark = pytest.mark.unoptimized
 

@@ -13,9 +13,9 @@ from flax import nnx
 from hypothesis import strategies as st
 
 import scion_jax
-from arguments import ARRAYS, NO_NORMS, NO_PARAMETERS, layouts, norms, one_of, raising
 from scion_jax._assignment import Entry
 from scion_jax.labels import leaf_path
+from tests.support.arguments import ARRAYS, NO_NORMS, NO_PARAMETERS, layouts, norms, one_of, raising
 
 
 class Pair(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 import scion_jax
-from arguments import OwnError
+from tests.support.arguments import OwnError
 
 _HOME = pathlib.Path(scion_jax.__file__).parent
 _OPTAX_ITSELF = "requires the current value of parameters"  # all optimizers that need `params`
