@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import scion_jax
 from scion_jax import Spectral, numerics
 from scion_jax.distributed import sharding
-from test_orthogonalize import SPECTRA, with_spectrum
+from tests.polar.test_orthogonalize import SPECTRA, with_spectrum
 from tests.support.meshes import collectives, compiled, lmos_of, make
 
 pytestmark = pytest.mark.fast

@@ -1,4 +1,4 @@
-"""Numbers that do not drift: every optimizer does what was recorded (tests/golden_own)."""
+"""Numbers that do not drift: every optimizer does what was recorded (tests/golden/own)."""
 
 import inspect
 import json
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import scion_jax
-from golden_own import record
 from scion_jax import Norm, optimizers
+from tests.golden.own import record
 
 pytestmark = pytest.mark.unoptimized
 
@@ -28,7 +28,7 @@ def compare(found, expected, dtype, what):
     assert error <= TOLERANCE[dtype] * np.abs(expected).max(), (
         f"{what}: {error:.1e} off what was recorded with {versions}. To change numbers that users "
         "have seen is a decision: write into CHANGELOG.md what changes and why, then record them "
-        "anew, python tests/golden_own/record.py"
+        "anew, python tests/golden/own/record.py"
     )
 
 

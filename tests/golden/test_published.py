@@ -1,4 +1,4 @@
-"""The published PyTorch reference, step by step (tests/golden)."""
+"""The published PyTorch reference, step by step (tests/golden/published)."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from scion_jax import NewtonSchulz, scion, scion_light, unconstrained_scion
 
 pytestmark = pytest.mark.unoptimized
 
-FOLDER = pathlib.Path(__file__).parent / "golden"
+FOLDER = pathlib.Path(__file__).parent / "published"
 CASES = json.loads((FOLDER / "trajectories.json").read_text())
 
 # How far from the reference, as a share of the largest parameter.
