@@ -5,9 +5,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding
 
-from scion_jax.norms.leaves import Leaf, lmos
+from scion_jax import scale_by_lmo
 
 COLLECTIVE = re.compile(r" = (.*?) (all-[a-z-]+?|reduce-scatter|collective-[a-z]+)(?:-start)?\(")
 BYTES = {"f32": 4, "bf16": 2, "u16": 2}
@@ -25,7 +26,8 @@ def make(mesh, kind):
 
 
 def lmos_of(norm, ds, names=None):
-    return lmos([Leaf("", norm, norm.read(d.shape)) for d in ds], ds, names)
+    """The LMOs of several leaves of one norm, taken together."""
+    return scale_by_lmo(norm, shard_over=names).update(list(ds), optax.EmptyState())[0]
 
 
 def compiled(optimizer, shapes, mesh, specs):
