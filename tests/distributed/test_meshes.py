@@ -385,6 +385,8 @@ def test_axes_that_become_one_may_be_split(layout):
         there = NamedSharding(make("4x2", "Explicit"), spec)
         with jax.set_mesh(there.mesh):
             given = jax.ShapeDtypeStruct((4, 8, 12), jnp.float32, sharding=there)
+            (axes,) = norm.read(given.shape).blocks
+            assert "fsdp" in jax.eval_shape(axes.to_matrices, given).sharding.spec  # held once
             assert jax.eval_shape(norm.lmo, given).sharding.spec == spec
 
 
@@ -395,6 +397,9 @@ def test_stack_rows_and_columns_may_be_split_at_once():
     there = NamedSharding(make("2x2x2", "Explicit"), spec)
     with jax.set_mesh(there.mesh):
         given = jax.ShapeDtypeStruct((2, 2, 3, 2, 5), jnp.float32, sharding=there)
+        (axes,) = norm.read(given.shape).blocks
+        matrices = jax.eval_shape(axes.to_matrices, given)
+        assert matrices.sharding.spec == PartitionSpec("fsdp", "tensor", "data")
         assert jax.eval_shape(norm.lmo, given).sharding.spec == spec
 
 

@@ -1,5 +1,7 @@
 """ScionLight: the accumulator that is also the momentum."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,6 @@ import optax
 import pytest
 
 from scion_jax import Auto, Euclidean, NewtonSchulz, scion, scion_light, unconstrained_scion
-from scion_jax.optimizers import light
 
 pytestmark = pytest.mark.fast
 
@@ -114,21 +115,20 @@ def test_a_step_at_every_call_takes_no_conditional():
 
 
 @pytest.mark.parametrize("every_k", [1, 2, 3])
-def test_no_two_calls_in_a_row_round_by_the_same_hash(every_k, monkeypatch):
-    def store(array, dtype, call):
-        calls.append(int(call))
-        return array.astype(dtype)
-
-    calls = []
-    monkeypatch.setattr(light, "store", store)
-    optimizer = scion_light(0.1, Auto(), every_k=every_k)
-    params = {"bias": tree(0)["bias"]}
-    state = optimizer.init(params)
-    with jax.disable_jit():  # so that each call is seen as a number
-        for _ in range(7):
-            _, state = optimizer.update(params, state, params)
-    assert len(calls) >= 7
-    assert (np.diff(calls) != 0).all()
+def test_no_two_calls_in_a_row_round_by_the_same_hash(every_k):
+    """Else what one call rounds up the next one does, too: errors of a constant would add up."""
+    options = {"momentum": 1e-9, "momentum_dtype": "bfloat16"}
+    optimizer = scion_light(0.1, Euclidean(), every_k=every_k, **options)
+    ones = jnp.ones(256, jnp.bfloat16)
+    gradient = jnp.linspace(0.2, 0.45, 256) * 2.0**-7  # of the last place of what is there
+    state = optimizer.init(gradient)._replace(gradient_sum=ones)
+    update, ups = jax.jit(optimizer.update), []
+    for _ in range(7):
+        _, after = update(gradient, state, gradient)
+        ups.append(np.asarray(after.gradient_sum != 1))
+        state = after._replace(gradient_sum=ones)
+    both = [float(np.mean(one & other)) for one, other in itertools.pairwise(ups)]
+    assert max(both) < 0.7 * min(np.mean(up) for up in ups)  # not the same entries
 
 
 def test_traced_every_k():
@@ -136,24 +136,3 @@ def test_traced_every_k():
     plain = scion_light(0.1, every_k=3)
     for a, b in zip(run(injected, 7, tree(0))[0], run(plain, 7, tree(0))[0], strict=True):
         np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"every_k": 0}, "every_k must be at least 1"),
-        ({"every_k": 2**31}, "every_k must be .* at most 2.1"),
-        ({"every_k": 1.5}, "every_k must be a whole number"),
-        ({"momentum": 0.0}, "momentum .* must be above 0 and at most 1"),
-    ],
-)
-def test_errors(options, message):
-    with pytest.raises(ValueError, match=message):
-        scion_light(0.1, **options)
-
-
-def test_gradients_of_another_tree():
-    optimizer = scion_light(0.1, Euclidean(), unconstrained=True)
-    state = optimizer.init(tree(0))
-    with pytest.raises(ValueError, match=r"the gradients .* the sum in the state"):
-        optimizer.update({"bias": tree(0)["bias"]}, state)

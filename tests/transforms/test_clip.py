@@ -162,7 +162,7 @@ def test_short_step_is_not_longer_than_the_exact_one():
 
 
 def test_outside_of_the_ball():
-    """The pull inwards may climb there: what counts is how much, so that it stalls no other leaf."""
+    """The pull inwards may climb there: its size counts, so it stalls no other leaf."""
     norm = Sign(1.0, normalized=False)
     x = {"out": jnp.array([[9.0, -6.0]]), "in": jnp.array([[0.5, 0.5]])}
     d = {"out": jnp.array([[-1.0, 0.5]]), "in": jnp.array([[1.0, -1.0]])}
