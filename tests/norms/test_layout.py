@@ -1,16 +1,14 @@
 """Layouts: the matrix view, its inverse, the defaults and the errors."""
 
-import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scion_jax import Auto, BiasRMS, ExactPolar, Sign, Spectral, SpectralConv
+from scion_jax import SpectralConv
 from scion_jax.norms.layout import parse_layout
 from tests.support import naive
 
@@ -50,21 +48,6 @@ def test_view_agrees_with_the_naive_one_and_is_undone(letters, data):
     np.testing.assert_array_equal(axes.from_matrices(matrices), array)
 
 
-def test_auto_asks_the_norm_of_the_rank():
-    x = jnp.array([3.0, -4.0])
-    (axes,) = parse_layout(None, x.shape).blocks
-    for hook in ("unit_lmo", "unit_gauge", "unit_dual_norm"):
-        np.testing.assert_array_equal(
-            getattr(Auto(), hook)(x, axes), getattr(BiasRMS(), hook)(x, axes)
-        )
-    np.testing.assert_array_equal(Auto().unit_init(jax.random.key(0), axes), [0, 0])
-    told = Auto(2.0, vector_radius=3.0, constrained=False, orthogonalizer=ExactPolar())
-    assert told.resolve(1) == BiasRMS(3.0, constrained=False)
-    assert told.resolve(2) == Spectral(2.0, constrained=False, orthogonalizer=ExactPolar())
-    stacked = dataclasses.replace(told, layout="bo")
-    assert stacked.resolve(2) == BiasRMS(3.0, layout="bo", constrained=False)
-
-
 def test_scalar_view():
     (axes,) = parse_layout(None, ()).blocks
     assert axes.to_matrices(jnp.float32(3.0)).shape == (1, 1, 1)
@@ -94,9 +77,6 @@ def test_no_rank_above_2_is_guessed(shape, candidates):
         parse_layout(None, shape, "leaf 'block/kernel'")
     assert f"leaf 'block/kernel' of shape {shape}" in str(error.value)
     assert all(f"'{layout}'" in str(error.value) for layout in candidates.split())
-    for norm in (Auto(), Spectral(), Sign()):
-        with pytest.raises(ValueError, match="has no default layout"):
-            norm.lmo(jnp.ones(shape))
 
 
 def test_a_convolution_knows_its_layouts():
@@ -126,36 +106,3 @@ def test_parts_are_matrices_of_their_own(layout, shape, blocks):
     assert [piece.shape for piece in pieces] == [size for _, size in blocks]
     np.testing.assert_array_equal(read.join(pieces), array)
     assert sorted(x for piece in pieces for x in piece.ravel().tolist()) == array.ravel().tolist()
-
-
-@pytest.mark.parametrize(
-    ("layout", "shape", "message"),
-    [
-        ("ix", (2, 3), "letter 'x'"),
-        ("IO", (2, 3), "letter 'I'"),
-        ("ii", (2, 3), "no output axis"),
-        ("", (), "no output axis"),
-        ("io", (2, 3, 4), r"2 letters.*rank 3"),
-        ("ssio", (2, 3), r"4 letters.*rank 2"),
-        ("io[4]", (2, 6), "axis 1.*leaf 'w'.*6 entries.*4 equal parts"),
-        ("io[3,2]", (2, 6), r"parts \[3, 2\] of axis 1.*add up to 5.*leaf 'w'.*has 6"),
-        ("io[0]", (2, 6), "equal parts"),
-        ("io[]", (2, 6), "equal parts"),
-        ("io[a]", (2, 6), "equal parts"),
-        ("s[2]io", (2, 3, 6), "'i' and 'o' may be followed"),
-        ("i o", (2, 6), "cannot be read from ' o' on"),
-        ("io[3", (2, 6), "cannot be read from"),
-    ],
-)
-def test_errors(layout, shape, message):
-    with pytest.raises(ValueError, match=message):
-        parse_layout(layout, shape, "leaf 'w'")
-
-
-def test_errors_come_at_construction_where_they_can():
-    with pytest.raises(ValueError, match="no output axis"):
-        Spectral(layout="ii")
-    with pytest.raises(ValueError, match="letter 'z'"):
-        Spectral(layout="zo")
-    with pytest.raises(TypeError, match="is a string"):
-        Spectral(layout=("i", "o"))

@@ -122,23 +122,3 @@ def test_a_given_sequence():
     assert resolve(rows[:1], 2) == (rows[0], rows[0])
     assert NewtonSchulz(rows).steps is None
     assert hash(NewtonSchulz(rows)) == hash(NewtonSchulz(tuple(rows)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"coefficients": "quartic"}, ValueError, "unknown coefficients 'quartic'"),
-        ({"coefficients": []}, ValueError, "at least one step"),
-        ({"coefficients": [(1.0, 2.0)]}, TypeError, "one per step"),
-        ({"coefficients": 3.0}, TypeError, "one per step"),
-        ({"steps": 0}, ValueError, "at least 1"),
-        ({"steps": 2.5}, TypeError, "whole number"),
-        ({"compute_dtype": "int32"}, TypeError, "floating dtype"),
-        ({"schatten": 3}, ValueError, "2 \\(Frobenius\\), 4, or None"),
-        ({"chunk_bytes": 0}, ValueError, "at least 1"),
-        ({"chunk_bytes": 1e6}, TypeError, "whole number"),
-    ],
-)
-def test_errors(arguments, error, message):
-    with pytest.raises(error, match=message):
-        NewtonSchulz(**arguments)

@@ -5,7 +5,7 @@
 Only when numbers are meant to change, which is a decision: CHANGELOG.md says what changes and why.
 Everything runs in float64, where platforms and versions of JAX agree. The file holds the `start`,
 the `gradients` of each step, for every case the parameters after each step, and `CASE, pairing`
-where the state shows it. Leaves stand in rows, one after the other in the order of their names.
+where a state keeps it. Leaves stand in rows, one after the other in the order of their names.
 versions.json says what it was recorded with.
 """
 
@@ -51,10 +51,10 @@ STEPS = 5
 # Values that float32 holds exactly, so that both dtypes take the same steps.
 FALLING = optax.linear_schedule(0.25, 0.125, 4)
 CASES = {
-    "scion": (scion, {"show_pairing": True}),
+    "scion": (scion, {}),
     "scion, momentum 1": (scion, {"momentum": 1.0}),
     "scion, momentum scheduled": (scion, {"momentum": FALLING}),
-    "unconstrained_scion": (unconstrained_scion, {"show_pairing": True}),
+    "unconstrained_scion": (unconstrained_scion, {}),
     "unconstrained_scion, weight_decay": (unconstrained_scion, {"weight_decay": 0.5}),
     "clipped_scion": (clipped_scion, {"rho": optax.linear_schedule(16.0, 8.0, 4)}),
     "clipped_scion, short_step": (clipped_scion, {"rho": 4.0, "short_step": True}),
@@ -63,6 +63,12 @@ CASES = {
     "scion_light, unconstrained": (scion_light, {"unconstrained": True}),
     "scion_light, every_k": (scion_light, {"every_k": 2}),
     "almond": (almond, {}),
+}
+
+# Nothing is clipped: what they do, and show, is recorded as those that are not clipped at all.
+UNCLIPPED = {
+    "scion": (clipped_scion, {"rho": 0.0}),
+    "unconstrained_scion": (unconstrained_clipped_scion, {"rho": 0.0}),
 }
 
 
@@ -166,9 +172,9 @@ def draw_gradients(start):
     return gradients
 
 
-def trajectory(case, dtype, start, gradients):
-    """Makes the steps; returns the leaves and the pairing (None if not shown) after each."""
-    build, options = CASES[case]
+def trajectory(case, dtype, start, gradients, cases=CASES):
+    """Makes the steps; returns the leaves and the pairing (None if not kept) after each."""
+    build, options = cases[case]
     names = names_of(case)
     norms = {name: leaves(dtype)[name][0] for name in names}
     optimizer = build(FALLING, norms, {name: name for name in names}, **options)
@@ -197,11 +203,12 @@ def main():
     start = starting_point()
     gradients = draw_gradients(start)
     arrays = {"start": to_rows(start), "gradients": to_rows(gradients)}
-    for case in CASES:
-        params, pairings = trajectory(case, "float64", start, gradients)
-        arrays[case] = to_rows(params)
-        if pairings is not None:
-            arrays[f"{case}, pairing"] = pairings
+    for cases in (CASES, UNCLIPPED):
+        for case in cases:
+            params, pairings = trajectory(case, "float64", start, gradients, cases)
+            arrays[case] = to_rows(params)
+            if pairings is not None:
+                arrays[f"{case}, pairing"] = pairings
     np.savez_compressed(FOLDER / "trajectories.npz", **arrays)
     versions = {name: version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
     versions |= {"python": platform.python_version(), "scion_jax": scion_jax.__version__}
