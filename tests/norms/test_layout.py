@@ -16,12 +16,7 @@ pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 
 @pytest.mark.parametrize(
-    ("shape", "sizes"),
-    [
-        ((), (1, 1, 1)),
-        ((7,), (7, 1, 1)),
-        ((5, 7), (7, 5, 1)),
-    ],
+    ("shape", "sizes"), [((), (1, 1, 1)), ((7,), (7, 1, 1)), ((5, 7), (7, 5, 1))]
 )
 def test_default_by_rank(shape, sizes):
     (axes,) = parse_layout(None, shape).blocks

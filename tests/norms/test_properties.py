@@ -199,11 +199,7 @@ def test_nan_and_infinity_stay_visible_and_local(name, options, exact):
 
 @pytest.mark.parametrize(
     ("norm", "shape"),
-    [
-        (Sign(), (70, 70)),
-        (scion_jax.RowNorm(), (2, 5000)),
-        (scion_jax.ColNorm(), (5000, 2)),
-    ],
+    [(Sign(), (70, 70)), (scion_jax.RowNorm(), (2, 5000)), (scion_jax.ColNorm(), (5000, 2))],
 )
 def test_nan_among_many_numbers_stays_visible(norm, shape):
     """XLA for CPUs forgets NaN in a maximum over 4,096 entries or more."""

@@ -55,8 +55,7 @@ def test_symmetric_products_of_large_matrices_take_fewer_operations():
 
 
 @pytest.mark.parametrize(
-    ("rows", "halves"),
-    [(768, [384, 192]), (384, [192]), (382, []), (387, []), (774, [387])],
+    ("rows", "halves"), [(768, [384, 192]), (384, [192]), (382, []), (387, []), (774, [387])]
 )
 def test_where_symmetric_products_are_divided(rows, halves):
     """In two equal parts, down to 192 rows."""

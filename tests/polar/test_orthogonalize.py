@@ -118,11 +118,7 @@ SPECTRA = {
 
 @pytest.mark.parametrize(
     ("dtype", "excess", "value"),
-    [
-        (jnp.float32, 1e-5, 0.96),
-        (jnp.bfloat16, 5e-3, 0.95),
-        (jnp.float16, 5e-3, 0.95),
-    ],
+    [(jnp.float32, 1e-5, 0.96), (jnp.bfloat16, 5e-3, 0.95), (jnp.float16, 5e-3, 0.95)],
 )
 @pytest.mark.parametrize("kind", SPECTRA)
 def test_default_is_feasible_in_every_compute_dtype(dtype, excess, value, kind):

@@ -73,12 +73,7 @@ if "per_leaf" not in inspect.signature(clipped_scion).parameters:
     OPTIMIZERS["clipped_scion with short step"].options.pop("per_leaf")
 every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
-NORMS = {
-    "embedding": ColNorm(),
-    "hidden": Spectral(3.0),
-    "head": Sign(30.0),
-    "bias": BiasRMS(),
-}
+NORMS = {"embedding": ColNorm(), "hidden": Spectral(3.0), "head": Sign(30.0), "bias": BiasRMS()}
 LABELS = label_by_path([(f"^{label}", label) for label in NORMS])
 
 

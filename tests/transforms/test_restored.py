@@ -32,8 +32,7 @@ def dtypes(state):
 
 @pytest.mark.parametrize("transform", [lambda update: update, jax.jit])
 @pytest.mark.parametrize(
-    ("stored", "wanted"),
-    [("bfloat16", "float32"), ("float16", "float32"), ("bfloat16", None)],
+    ("stored", "wanted"), [("bfloat16", "float32"), ("float16", "float32"), ("bfloat16", None)]
 )
 @every_build
 def test_nothing_is_lost_in_a_wider_buffer(build, stored, wanted, transform):

@@ -61,8 +61,7 @@ def test_finite_stays_finite_and_nothing_else_does(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(jnp.bfloat16, "8a66f80df3527972"), (jnp.float16, "cf8b0c63a3357c1a")],
+    ("dtype", "expected"), [(jnp.bfloat16, "8a66f80df3527972"), (jnp.float16, "cf8b0c63a3357c1a")]
 )
 def test_roundings_never_change(dtype, expected):
     """A run that is resumed with another version of this library goes on as it would have."""
