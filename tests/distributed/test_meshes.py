@@ -1,20 +1,18 @@
 """Many devices: the same results as on one, with the least communication."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import scion_jax
 from scion_jax import NewtonSchulz, Spectral, label_by_path, orthogonalize
-from tests.support.meshes import collectives, compiled, in_loops, lmos_of, make
+from tests.polar.test_orthogonalize import SPECTRA, with_spectrum
+from tests.support.meshes import EXACT, OPTIMIZERS, collectives, lmos_of, make
 
-EXACT = NewtonSchulz(compute_dtype=jnp.float32)  # comparisons are close; bfloat16 is tested below
 NORMS = {
     "spectral": Spectral(3.0, orthogonalizer=EXACT),
     "stacked": Spectral(2.0, layout="bio", orthogonalizer=EXACT),
@@ -40,17 +38,6 @@ SHAPES = {
     "euclidean": (8, 8),
 }
 LABELS = label_by_path([(f"^{name}", name) for name in NORMS])
-OPTIMIZERS = {
-    "scion": scion_jax.scion,
-    "unconstrained_scion": scion_jax.unconstrained_scion,
-    "clipped_scion": lambda *a, **k: scion_jax.clipped_scion(*a, rho=30.0, **k),
-    "short_step": lambda *a, **k: scion_jax.clipped_scion(*a, rho=3.0, short_step=True, **k),
-    "unconstrained_clipped_scion": lambda *a, **k: scion_jax.unconstrained_clipped_scion(
-        *a, rho=100.0, **k
-    ),
-    "scion_light": scion_jax.scion_light,
-    "almond": scion_jax.almond,
-}
 
 
 def tree():
@@ -66,7 +53,7 @@ def spec(shape, mesh):
     for name, axis in zip(names, range(len(shape) - 1, -1, -1), strict=False):
         if shape[axis] % mesh.shape[name] == 0:
             parts[axis] = name
-    return PartitionSpec(*parts)
+    return P(*parts)
 
 
 def place(params, mesh):
@@ -152,7 +139,7 @@ def test_inside_shard_map(optimizer, names, expected):
             params = optax.apply_updates(params, updates)
         return params
 
-    everywhere = PartitionSpec()
+    everywhere = P()
     mapped = jax.shard_map(two_steps, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
     close(jax.jit(mapped)(params, gradients), expected[optimizer])
 
@@ -180,7 +167,7 @@ def test_inside_pmap(names, expected):
 def test_pairing_of_parts_inside_shard_map(rho):
     """A leaf that is split over a mapped axis counts with all of its parts, once."""
     mesh = make("8", "Auto")
-    split, whole = PartitionSpec("fsdp"), PartitionSpec()
+    split, whole = P("fsdp"), P()
     params = {"a": jnp.zeros((8, 4)), "c": jnp.zeros((3, 5))}
     gradients = {"a": jnp.arange(32.0).reshape(8, 4) - 9, "c": jnp.ones((3, 5))}
     built = scion_jax.unconstrained_clipped_scion(
@@ -203,50 +190,6 @@ def test_pairing_of_parts_inside_shard_map(rho):
     close(result, scanned(params, gradients)[0])
 
 
-BLOCK = {"q": (64, 64), "up": (64, 256), "down": (256, 64)}
-BLOCKS = {f"{name}{layer}": shape for layer in range(8) for name, shape in BLOCK.items()}
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("optimizer", "kind"),
-    [
-        *((name, "Explicit") for name in OPTIMIZERS),
-        *((name, "Auto") for name in ("scion", "clipped_scion", "short_step")),
-    ],
-)
-def test_two_collectives_per_stack(optimizer, kind):
-    """As users run it: nothing is said but the mesh."""
-    text = compiled(
-        OPTIMIZERS[optimizer](0.1, Spectral()), BLOCKS, make("8", kind), PartitionSpec("fsdp", None)
-    )
-    found = collectives(text)
-    moves = 9 if optimizer == "short_step" else 6
-    assert [name for name, _ in found].count("all-to-all") == moves
-    assert len(found) <= {"short_step": 12}.get(optimizer, 7 if "clipped" in optimizer else 6)
-    assert not any(name == "all-gather" and size > 1000 for name, size in found)
-    # XLA for CPUs moves bfloat16 as float32.
-    ideal = moves * sum(math.prod(shape) for shape in BLOCKS.values()) / 3 / 8 * 4
-    assert sum(size for _, size in found) <= 1.5 * ideal
-    assert not in_loops(text)
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("shapes", "spec", "wanted"),
-    [
-        ({"a": (1, 16, 16)}, PartitionSpec(None, "fsdp"), ["all-gather"]),
-        ({"a": (8, 16, 16), "b": (3, 16, 16)}, PartitionSpec(None, "fsdp"), ["all-to-all"] * 2),
-        ({"a": (8, 16, 16), "b": (8, 16, 16)}, PartitionSpec("fsdp"), []),
-    ],
-    ids=["a stack of one", "stacks of different lengths", "stacks split along themselves"],
-)
-def test_how_stacked_layers_travel(shapes, spec, wanted):
-    optimizer = scion_jax.scion(0.1, Spectral(layout="bio"))
-    found = collectives(compiled(optimizer, shapes, make("8", "Explicit"), spec))
-    assert [name for name, _ in found] == wanted
-
-
 @pytest.mark.fast
 def test_a_stack_split_along_itself_over_some_of_the_devices():
     """Four matrices on four devices, which are padded to eight."""
@@ -254,47 +197,10 @@ def test_a_stack_split_along_itself_over_some_of_the_devices():
     d = jax.random.normal(jax.random.key(0), (4, 8, 4))
     mesh = make("4x2", "Explicit")
     with jax.set_mesh(mesh):
-        given = jax.device_put(d, NamedSharding(mesh, PartitionSpec("fsdp")))
+        given = jax.device_put(d, NamedSharding(mesh, P("fsdp")))
         (result,) = jax.jit(lambda d: lmos_of(norm, [d]))(given)
         assert result.sharding.is_equivalent_to(given.sharding, 3)
     np.testing.assert_allclose(result, norm.lmo(d), atol=1e-5)
-
-
-@pytest.mark.fast
-def test_arrays_on_an_explicit_mesh_that_is_not_in_force():
-    """Their types say all that is needed."""
-    there = NamedSharding(make("8", "Explicit"), PartitionSpec("fsdp"))
-    ds = [jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=there)] * 2
-    text = jax.jit(lambda ds: lmos_of(Spectral(), ds)).lower(ds).compile().as_text()
-    assert [name for name, _ in collectives(text)] == ["all-to-all"] * 2
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("optimizer", "kind"), [*((name, "Explicit") for name in OPTIMIZERS), ("scion", "Auto")]
-)
-def test_nothing_is_spread_where_that_is_turned_off(optimizer, kind):
-    text = compiled(
-        OPTIMIZERS[optimizer](0.1, Spectral(), shard_over=()),
-        {str(index): (64, 64) for index in range(8)},
-        make("8", kind),
-        PartitionSpec("fsdp", None),
-    )
-    kinds = [name for name, _ in collectives(text)]
-    assert "all-gather" in kinds
-    assert "all-to-all" not in kinds
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_no_communication_inside_the_iteration(kind):
-    """Neither for a stack of one matrix, nor if matrices are split over further axes."""
-    optimizer = scion_jax.scion(0.1, Spectral(orthogonalizer=EXACT), shard_over="fsdp")
-    shapes = {"one": (32, 32), **{str(index): (64, 64) for index in range(8)}}
-    text = compiled(optimizer, shapes, make("4x2", kind), PartitionSpec("fsdp", "tensor"))
-    assert "while(" in text
-    assert collectives(text)
-    assert not in_loops(text)
 
 
 @pytest.mark.fast
@@ -310,7 +216,7 @@ def test_scale_survives_the_way(kind, compute):
     with jax.set_mesh(mesh):
         given = jax.device_put(
             (d * scales).at[2, 0, 0].set(jnp.inf),
-            NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")),
+            NamedSharding(mesh, P(None, "fsdp", "tensor")),
         )
         (result,) = jax.jit(lambda d: lmos_of(norm, [d]))(given)
     assert bool(jnp.isnan(result[2]).any())
@@ -336,7 +242,7 @@ def test_own_and_shared_leaves_inside_shard_map(kind, names, own_first):
         mine = results[:2] if own_first else results[2:]
         return jnp.stack(mine)[None], results[2:] if own_first else results[:2]
 
-    first, whole = PartitionSpec("fsdp"), PartitionSpec()
+    first, whole = P("fsdp"), P()
     with jax.set_mesh(mesh):
         given = jax.device_put(own, NamedSharding(mesh, first))
         own_result, results = jax.jit(
@@ -351,9 +257,9 @@ def test_inside_shard_map_over_some_axes_only():
     """The others stay the types' own, and work is spread over them."""
     norm = Spectral(orthogonalizer=EXACT)
     ds = list(jax.random.normal(jax.random.key(0), (2, 8, 12)))
-    whole = PartitionSpec()
+    whole = P()
     with jax.set_mesh(make("4x2", "Explicit")):
-        given = [jax.device_put(d, PartitionSpec("fsdp")) for d in ds]
+        given = [jax.device_put(d, P("fsdp")) for d in ds]
         mapped = jax.shard_map(
             lambda ds: lmos_of(norm, ds), in_specs=whole, out_specs=whole, axis_names={"tensor"}
         )
@@ -364,98 +270,16 @@ def test_inside_shard_map_over_some_axes_only():
         np.testing.assert_allclose(result, norm.lmo(d), atol=1e-5)
 
 
-def test_two_mapped_devices_share_the_work():
-    whole = PartitionSpec()
-    mapped = jax.shard_map(
-        lambda ds: lmos_of(Spectral(), ds, ("tensor",)),
-        mesh=make("4x2", "Auto"),
-        in_specs=whole,
-        out_specs=whole,
-    )
-    assert "all_gather" in str(jax.make_jaxpr(mapped)([jnp.ones((8, 12))] * 2))
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("layout", ["ioo", "iio", "sio"])
-def test_axes_that_become_one_may_be_split(layout):
-    """Each of them; results are split as their leaf is."""
-    norm = Spectral(layout=layout)
-    for axis in range(3):
-        spec = PartitionSpec(*("fsdp" if a == axis else None for a in range(3)))
-        there = NamedSharding(make("4x2", "Explicit"), spec)
-        with jax.set_mesh(there.mesh):
-            given = jax.ShapeDtypeStruct((4, 8, 12), jnp.float32, sharding=there)
-            (axes,) = norm.read(given.shape).blocks
-            assert "fsdp" in jax.eval_shape(axes.to_matrices, given).sharding.spec  # held once
-            assert jax.eval_shape(norm.lmo, given).sharding.spec == spec
-
-
-@pytest.mark.fast
-def test_stack_rows_and_columns_may_be_split_at_once():
-    norm = Spectral(layout="biioo")
-    spec = PartitionSpec("fsdp", "tensor", None, "data", None)
-    there = NamedSharding(make("2x2x2", "Explicit"), spec)
-    with jax.set_mesh(there.mesh):
-        given = jax.ShapeDtypeStruct((2, 2, 3, 2, 5), jnp.float32, sharding=there)
-        (axes,) = norm.read(given.shape).blocks
-        matrices = jax.eval_shape(axes.to_matrices, given)
-        assert matrices.sharding.spec == PartitionSpec("fsdp", "tensor", "data")
-        assert jax.eval_shape(norm.lmo, given).sharding.spec == spec
-
-
 @pytest.mark.fast
 def test_orthogonalize_keeps_the_sharding():
     mesh = make("4x2", "Explicit")
     with jax.set_mesh(mesh):
-        there = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
+        there = NamedSharding(mesh, P(None, "fsdp", "tensor"))
         x = jax.device_put(jax.random.normal(jax.random.key(0), (3, 8, 12)), there)
         result = jax.jit(lambda x: orthogonalize(x, EXACT))(x)
         assert result.sharding.is_equivalent_to(there, 3)
     expected = orthogonalize(jnp.asarray(np.asarray(x)), EXACT)
     np.testing.assert_allclose(result, expected, atol=1e-5)
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("norm", "most", "kind"),
-    [
-        (scion_jax.Sign(), 0, "Auto"),
-        (scion_jax.Sign(), 0, "Explicit"),
-        (scion_jax.ColNorm(), 1, "Explicit"),
-        (scion_jax.RowNorm(), 1, "Auto"),
-        (scion_jax.BiasRMS(layout="io"), 1, "Explicit"),
-        (scion_jax.Euclidean(), 1, "Auto"),
-    ],
-)
-def test_one_small_reduction_per_label(norm, most, kind):
-    mesh = make("8", kind)
-    optimizer = scion_jax.scion(0.1, norm, shard_over="fsdp" if kind == "Auto" else None)
-    for specs in (PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")):
-        found = collectives(compiled(optimizer, BLOCKS, mesh, specs))
-        assert len(found) <= most
-        assert all(name == "all-reduce" for name, _ in found)
-
-
-@pytest.mark.fast
-def test_one_reduction_for_vectors_without_a_whole_axis():
-    shapes = {"a": (16,), "b": (16,)}
-    optimizer = scion_jax.scion(0.1, scion_jax.BiasRMS())
-    found = collectives(compiled(optimizer, shapes, make("8", "Explicit"), PartitionSpec("fsdp")))
-    assert [name for name, _ in found] == ["all-reduce"]
-
-
-@pytest.mark.fast
-def test_shares_of_the_work():
-    """Each device multiplies its own matrices only."""
-    text = compiled(
-        scion_jax.scion(0.1, Spectral()),
-        {str(index): (64, 64) for index in range(32)},
-        make("8", "Explicit"),
-        PartitionSpec("fsdp", None),
-    )
-    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", text)
-    assert shapes
-    assert {math.prod(map(int, shape.split(","))) for shape in shapes} == {4 * 64 * 64}
 
 
 @pytest.mark.fast
@@ -486,3 +310,111 @@ def test_named_axes_of_a_mesh_in_force():
     with jax.set_mesh(make("8", "Auto")):
         updates, _ = jax.jit(optimizer.update)(params, state, params)
     close(updates, scion_jax.scion(0.1).update(params, state, params)[0], rtol=1e-2)
+
+
+CLOSED_FORMS = [
+    scion_jax.Euclidean(),
+    scion_jax.ColNorm(),
+    scion_jax.RowNorm(),
+    scion_jax.BiasRMS(layout="oo"),
+]
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("norm", CLOSED_FORMS, ids=lambda norm: type(norm).__name__)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_norms_of_split_leaves_whatever_the_scale(x64, norm, kind, dtype):
+    """Sums of squares of entries that are huge, tiny and neither, in one reduction over devices."""
+    d = np.random.default_rng(0).standard_normal((16, 8)).astype(dtype)
+    mixed = d * 10.0 ** np.array([0, -30, 20, 0] * 2, dtype)
+    infinite = mixed.copy()
+    infinite[3, 5] = np.inf
+    scales = (1e-34, 1e-30, 1e-19, 1e-15, 1.0, 1e15, 1e19, 1e36)
+    if dtype == "float64":
+        scales = (1e-300, 1e-200, 1e-120, 1e-60, 1.0, 1e120, 1e200, 1e300)
+    arrays = [*(d * np.asarray(scale, dtype) for scale in scales), mixed, infinite]
+    expected = [norm.lmo(jnp.asarray(array)) for array in arrays]  # on one device
+    for result in expected[: len(scales)]:
+        np.testing.assert_allclose(result, expected[4], rtol=1e-5)
+    assert bool(jnp.isnan(expected[-1][3, 5]))
+    mesh = make("4x2", kind)
+    with jax.set_mesh(mesh):
+        lmo = jax.jit(norm.lmo)
+        for spec in (P("fsdp", "tensor"), P(None, "fsdp")):
+            for array, wanted in zip(arrays, expected, strict=True):
+                result = lmo(jax.device_put(array, NamedSharding(mesh, spec)))
+                np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_largest_singular_value_by_default(kind):
+    """Nothing is said but the mesh; the spectra, shapes and scales of the test on one device."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, 8), (9, 40), (16, 16), (48, 48), (128, 32))
+    ds, numbers = [], range(8)
+    for n, m in shapes:
+        for kind_of_spectrum, spectrum in SPECTRA.items():
+            low, high = sorted((n, m))
+            matrix = (
+                rng.standard_normal((low, high))
+                if kind_of_spectrum == "gaussian"
+                else with_spectrum(spectrum(np.arange(low), low), high, 1)
+            )
+            matrix = matrix if n <= m else matrix.T
+            scales = 10.0 ** (4.0 * np.array(numbers) - 16)[:, None, None]
+            ds.append((matrix * scales).astype(np.float32))
+    norm = Spectral(layout="bio", normalized=False)
+    mesh = make("8", kind)
+    with jax.set_mesh(mesh):
+        given = [
+            jax.device_put(d, NamedSharding(mesh, P(None, "fsdp")))
+            for d in ds
+            if d.shape[1] % 8 == 0
+        ]
+        given += [
+            jax.device_put(d, NamedSharding(mesh, P(None, None, "fsdp")))
+            for d in ds
+            if d.shape[1] % 8
+        ]
+        results = jax.jit(lambda ds: lmos_of(norm, ds))(given)
+    for d, result in zip(given, results, strict=True):
+        for v in np.asarray(result) / np.sqrt(d.shape[2]):
+            assert np.linalg.norm(v, 2) <= 1.005
+
+
+@pytest.mark.parametrize("short_step", [False, True])
+@pytest.mark.parametrize("spec", [P("fsdp"), P(("fsdp", "tensor"))])
+def test_clipping_across_parts_inside_shard_map(spec, short_step):
+    """Pairings of parts add up before their absolute values do, and the largest gauge counts.
+
+    "out" lies outside of its ball, where the step would climb.
+    """
+    norm = scion_jax.Sign(1.0, normalized=False)
+    rng = np.random.default_rng(0)
+    params = {"in": rng.uniform(-1, 1, (8, 4)), "out": rng.uniform(2, 9, (8, 4)), "whole": [0.5, 1]}
+    gradients = {"in": rng.standard_normal((8, 4)), "whole": [1.0, -2.0]}
+    gradients["out"] = -np.abs(rng.standard_normal((8, 4)))
+    gradients["out"][0] = 0  # the first device has nothing to climb
+    params, gradients = (
+        {key: jnp.asarray(value, jnp.float32) for key, value in tree.items()}
+        for tree in (params, gradients)
+    )
+    optimizer = scion_jax.clipped_scion(0.1, norm, rho=1e3, momentum=1.0, short_step=short_step)
+
+    def step(params, gradients):
+        updates, state = optimizer.update(gradients, optimizer.init(params), params)
+        return updates, (state[1].pairing, state[1].factor)
+
+    specs = {"in": spec, "out": spec, "whole": P()}
+    mapped = jax.shard_map(
+        step,
+        mesh=make("4x2", "Auto"),
+        in_specs=(specs, specs),
+        out_specs=(specs, (P(), P())),
+    )
+    updates, numbers = jax.jit(mapped)(params, gradients)
+    expected, expected_numbers = step(params, gradients)
+    np.testing.assert_allclose(numbers, expected_numbers, rtol=1e-5)
+    assert 0 < numbers[1] < 1
+    for key, value in expected.items():
+        np.testing.assert_allclose(updates[key], value, rtol=1e-4, atol=1e-7)

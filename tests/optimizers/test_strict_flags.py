@@ -5,10 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import scion_jax
-from scion_jax import ExactPolar, NewtonSchulz, gauge_bounds, orthogonalize
+from scion_jax import ExactPolar, NewtonSchulz, frank_wolfe_gap, gauge_bounds, gauges, orthogonalize
 from tests.support.norms import arrays_for, every_norm, gaussian, make
-from tests.support.optimizers import build, every_optimizer, gaussian_tree
+from tests.support.optimizers import LABELS, NORMS, build, every_optimizer, gaussian_tree
 
 pytestmark = pytest.mark.unoptimized
 
@@ -19,6 +18,7 @@ FLAGS = {
     "jax_check_tracer_leaks": True,
     "jax_enable_x64": True,
 }
+same_types = chex.assert_trees_all_equal_shapes_and_dtypes
 
 
 @pytest.fixture(params=FLAGS)
@@ -32,34 +32,30 @@ def evaluate(request):
 
 @every_optimizer
 def test_optimizers(evaluate, case):
-    optimizer = build(case)
+    optimizer, params = build(case), gaussian_tree(0)
 
-    def steps(params, gradients):
-        state = first = optimizer.init(params)
-        for _ in range(2):
-            updates, state = optimizer.update(gradients, state, params)
-        return first, state, updates
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        return updates, state
 
-    for seed in (1, None):
-        params = gaussian_tree(0)
-        gradients = jax.tree.map(jnp.zeros_like, params) if seed is None else gaussian_tree(seed)
-        first, state, updates = evaluate(steps, params, gradients)
-        chex.assert_trees_all_equal_shapes_and_dtypes((updates, state), (params, first))
+    state = optimizer.init(params)
+    for gradients in (gaussian_tree(1), jax.tree.map(jnp.zeros_like, params)):
+        same_types(evaluate(step, params, state, gradients), (params, state))
 
 
 @every_norm
 def test_norms(evaluate, name, options):
-    for layout, shape in arrays_for(name, {"some": True}):
-        norm = make(name, options, layout, compute_dtype=None)
+    layout, shape = arrays_for(name)[-2]
+    norm = make(name, options, layout, compute_dtype=None)
 
-        def compute(x, key, norm=norm):
-            v, start = norm.lmo(x), norm.init(key, x.shape, x.dtype)
-            return v, start, (norm.gauge(x), norm.dual_norm(x), gauge_bounds(x, norm))
+    def compute(x, key):
+        arrays = norm.lmo(x), norm.init(key, x.shape, x.dtype)
+        return arrays, (norm.gauge(x), norm.dual_norm(x), gauge_bounds(x, norm))
 
-        x = gaussian(shape, dtype=jnp.float32)
-        *arrays, sizes = evaluate(compute, x, jax.random.key(0))
-        chex.assert_trees_all_equal_shapes_and_dtypes(arrays, [x, x])
-        assert {size.dtype for size in jax.tree.leaves(sizes)} == {jnp.dtype("float32")}
+    x = gaussian(shape, dtype=jnp.float32)
+    arrays, sizes = evaluate(compute, x, jax.random.key(0))
+    same_types(arrays, (x, x))
+    assert {size.dtype for size in jax.tree.leaves(sizes)} == {jnp.dtype("float32")}
 
 
 METHODS = [
@@ -70,19 +66,13 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS)
 def test_orthogonalizers(evaluate, method):
-    for shape in ((3, 4), (4, 3), (2, 4, 4), (2, 3, 12)):
-        x = gaussian(shape, dtype=jnp.float32)
-        result = evaluate(lambda x: orthogonalize(x, method), x)
-        chex.assert_trees_all_equal_shapes_and_dtypes(result, x)
+    xs = [gaussian(shape, dtype=jnp.float32) for shape in ((3, 4), (4, 3), (2, 4, 4), (2, 3, 12))]
+    same_types(evaluate(lambda xs: [orthogonalize(x, method) for x in xs], xs), xs)
 
 
 def test_diagnostics(evaluate):
-    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
-    sizes = evaluate(
-        lambda x: (
-            scion_jax.gauges(x, scion_jax.Auto()),
-            scion_jax.frank_wolfe_gap(x, x, scion_jax.Auto()),
-        ),
-        params,
-    )
-    assert {size.dtype for size in jax.tree.leaves(sizes)} == {jnp.dtype("float32")}
+    def sizes(x):
+        return gauges(x, NORMS, LABELS), frank_wolfe_gap(x, x, NORMS, LABELS)
+
+    found = evaluate(sizes, gaussian_tree(0))
+    assert {size.dtype for size in jax.tree.leaves(found)} == {jnp.dtype("float32")}

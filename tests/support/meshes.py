@@ -1,5 +1,6 @@
 """Meshes of the eight devices, and what compiled programs move between them."""
 
+import functools
 import math
 import re
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding
 
-from scion_jax import scale_by_lmo
+import scion_jax
+from scion_jax import NewtonSchulz, scale_by_lmo
 
 COLLECTIVE = re.compile(r" = (.*?) (all-[a-z-]+?|reduce-scatter|collective-[a-z]+)(?:-start)?\(")
 BYTES = {"f32": 4, "bf16": 2, "u16": 2}
@@ -17,6 +19,19 @@ MESHES = {
     "8": ((8,), ("fsdp",)),
     "4x2": ((4, 2), ("fsdp", "tensor")),
     "2x2x2": ((2, 2, 2), ("fsdp", "tensor", "data")),
+}
+
+EXACT = NewtonSchulz(compute_dtype=jnp.float32)  # comparisons are close then
+OPTIMIZERS = {
+    "scion": scion_jax.scion,
+    "unconstrained_scion": scion_jax.unconstrained_scion,
+    "clipped_scion": functools.partial(scion_jax.clipped_scion, rho=30.0),
+    "short_step": functools.partial(scion_jax.clipped_scion, rho=3.0, short_step=True),
+    "unconstrained_clipped_scion": functools.partial(
+        scion_jax.unconstrained_clipped_scion, rho=100.0
+    ),
+    "scion_light": scion_jax.scion_light,
+    "almond": scion_jax.almond,
 }
 
 
