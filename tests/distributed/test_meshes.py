@@ -116,6 +116,20 @@ def test_on_a_mesh_as_on_one_device(optimizer, mesh, kind, expected):
     close(result, expected[optimizer])
 
 
+def two_steps(built, axes):
+    """Two steps on gradients that a mapped function averages over devices."""
+
+    def run(params, gradients):
+        state = built.init(params)
+        for _ in range(2):
+            mean = jax.tree.map(lambda g: jax.lax.pmean(g, axes), gradients)
+            updates, state = built.update(mean, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("optimizer", "names"),
     [
@@ -127,38 +141,17 @@ def test_on_a_mesh_as_on_one_device(optimizer, mesh, kind, expected):
     ],
 )
 def test_inside_shard_map(optimizer, names, expected):
-    mesh = make("4x2", "Auto")
-    params, gradients = tree()
     built = OPTIMIZERS[optimizer](0.1, NORMS, LABELS, shard_over=names)
-
-    def two_steps(params, gradients):
-        state = built.init(params)
-        for _ in range(2):
-            gradients = jax.tree.map(lambda g: jax.lax.pmean(g, ("fsdp", "tensor")), gradients)
-            updates, state = built.update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
-
-    everywhere = P()
-    mapped = jax.shard_map(two_steps, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
-    close(jax.jit(mapped)(params, gradients), expected[optimizer])
+    steps, mesh = two_steps(built, ("fsdp", "tensor")), make("4x2", "Auto")
+    mapped = jax.shard_map(steps, mesh=mesh, in_specs=P(), out_specs=P())
+    close(jax.jit(mapped)(*tree()), expected[optimizer])
 
 
 @pytest.mark.parametrize("names", [None, "devices"])
 def test_inside_pmap(names, expected):
-    params, gradients = tree()
-    built = scion_jax.clipped_scion(0.1, NORMS, LABELS, rho=30.0, shard_over=names)
-
-    def two_steps(params, gradients):
-        state = built.init(params)
-        for _ in range(2):
-            gradients = jax.lax.pmean(gradients, "devices")
-            updates, state = built.update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
-
-    repeated = jax.tree.map(lambda x: jnp.stack([x] * 8), (params, gradients))
-    result = jax.pmap(two_steps, axis_name="devices")(*repeated)
+    built = OPTIMIZERS["clipped_scion"](0.1, NORMS, LABELS, shard_over=names)
+    repeated = jax.tree.map(lambda x: jnp.stack([x] * 8), tree())
+    result = jax.pmap(two_steps(built, "devices"), axis_name="devices")(*repeated)
     for device in (0, 5):
         close(jax.tree.map(lambda x, d=device: x[d], result), expected["clipped_scion"])
 
