@@ -1,5 +1,6 @@
-"""Many devices: the same results as on one, with the least communication."""
+"""Many devices: the same numbers as on one; what moves between them is in `test_collectives`."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import scion_jax
-from scion_jax import NewtonSchulz, Spectral, label_by_path, orthogonalize
+from scion_jax import NewtonSchulz, Sign, Spectral, label_by_path, orthogonalize
 from tests.polar.test_orthogonalize import SPECTRA, with_spectrum
 from tests.support.meshes import EXACT, OPTIMIZERS, collectives, lmos_of, make
+from tests.support.norms import gaussian
 
 NORMS = {
     "spectral": Spectral(3.0, orthogonalizer=EXACT),
@@ -38,6 +40,7 @@ SHAPES = {
     "euclidean": (8, 8),
 }
 LABELS = label_by_path([(f"^{name}", name) for name in NORMS])
+every_kind = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 
 
 def tree():
@@ -46,47 +49,41 @@ def tree():
     return params, jax.tree.map(lambda x: jnp.sin(3 * x), params)
 
 
-def spec(shape, mesh):
-    """Splits the last axes that divide, over the first axes of the mesh."""
-    parts: list[str | None] = [None] * len(shape)
-    names = [name for name in ("fsdp", "tensor") if name in mesh.axis_names]
-    for name, axis in zip(names, range(len(shape) - 1, -1, -1), strict=False):
-        if shape[axis] % mesh.shape[name] == 0:
-            parts[axis] = name
-    return P(*parts)
-
-
 def place(params, mesh):
-    return {
-        name: jax.device_put(p, NamedSharding(mesh, spec(p.shape, mesh)))
-        for name, p in params.items()
-    }
+    """Splits the last axes that divide, over the first axes of the mesh."""
+
+    def placed(array):
+        parts: list[str | None] = [None] * array.ndim
+        names = [name for name in ("fsdp", "tensor") if name in mesh.axis_names]
+        for name, axis in zip(names, range(array.ndim - 1, -1, -1), strict=False):
+            if array.shape[axis] % mesh.shape[name] == 0:
+                parts[axis] = name
+        return jax.device_put(array, NamedSharding(mesh, P(*parts)))
+
+    return jax.tree.map(placed, params)
 
 
-def steps(optimizer, params, gradients, count=2):
-    @jax.jit
-    def step(params, state):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+def two_steps(built, average=lambda gradients: gradients):
+    def run(params, gradients):
+        state = built.init(params)
+        for _ in range(2):
+            updates, state = built.update(average(gradients), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
 
-    state = jax.jit(optimizer.init)(params)
-    for _ in range(count):
-        params, state = step(params, state)
-    return params, state
+    return run
 
 
-def close(ours, expected, rtol=1e-5):
+def close(ours, expected, tolerance=1e-5):
     for name, value in expected.items():
-        np.testing.assert_allclose(ours[name], value, atol=rtol * np.abs(value).max(), err_msg=name)
+        atol = tolerance * np.abs(value).max()
+        np.testing.assert_allclose(ours[name], value, atol=atol, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def expected():
-    params, gradients = tree()
-    return {
-        name: steps(build(0.1, NORMS, LABELS), params, gradients)[0]
-        for name, build in OPTIMIZERS.items()
-    }
+    builds = {name: build(0.1, NORMS, LABELS) for name, build in OPTIMIZERS.items()}
+    return {name: jax.jit(two_steps(built))(*tree())[0] for name, built in builds.items()}
 
 
 @pytest.mark.parametrize(
@@ -103,31 +100,16 @@ def expected():
 )
 def test_on_a_mesh_as_on_one_device(optimizer, mesh, kind, expected):
     mesh = make(mesh, kind)
-    params, gradients = tree()
     with jax.set_mesh(mesh):
-        params, gradients = place(params, mesh), place(gradients, mesh)
+        params, gradients = place(tree(), mesh)
         built = OPTIMIZERS[optimizer](0.1, NORMS, LABELS)
-        result, state = steps(built, params, gradients)
+        result, state = jax.jit(two_steps(built))(params, gradients)
         for name, value in result.items():
             assert value.sharding.is_equivalent_to(params[name].sharding, value.ndim), name
         for leaf in jax.tree.leaves(state):
             if leaf.shape == (16, 8, 8):
                 assert leaf.addressable_shards[0].data.size < leaf.size
     close(result, expected[optimizer])
-
-
-def two_steps(built, axes):
-    """Two steps on gradients that a mapped function averages over devices."""
-
-    def run(params, gradients):
-        state = built.init(params)
-        for _ in range(2):
-            mean = jax.tree.map(lambda g: jax.lax.pmean(g, axes), gradients)
-            updates, state = built.update(mean, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -141,17 +123,18 @@ def two_steps(built, axes):
     ],
 )
 def test_inside_shard_map(optimizer, names, expected):
-    built = OPTIMIZERS[optimizer](0.1, NORMS, LABELS, shard_over=names)
-    steps, mesh = two_steps(built, ("fsdp", "tensor")), make("4x2", "Auto")
-    mapped = jax.shard_map(steps, mesh=mesh, in_specs=P(), out_specs=P())
-    close(jax.jit(mapped)(*tree()), expected[optimizer])
+    built, axes = OPTIMIZERS[optimizer](0.1, NORMS, LABELS, shard_over=names), ("fsdp", "tensor")
+    steps = two_steps(built, lambda g: jax.tree.map(lambda g: jax.lax.pmean(g, axes), g))
+    mapped = jax.shard_map(steps, mesh=make("4x2", "Auto"), in_specs=P(), out_specs=P())
+    close(jax.jit(mapped)(*tree())[0], expected[optimizer])
 
 
 @pytest.mark.parametrize("names", [None, "devices"])
 def test_inside_pmap(names, expected):
     built = OPTIMIZERS["clipped_scion"](0.1, NORMS, LABELS, shard_over=names)
     repeated = jax.tree.map(lambda x: jnp.stack([x] * 8), tree())
-    result = jax.pmap(two_steps(built, "devices"), axis_name="devices")(*repeated)
+    steps = two_steps(built, lambda gradients: jax.lax.pmean(gradients, "devices"))
+    result, _ = jax.pmap(steps, axis_name="devices")(*repeated)
     for device in (0, 5):
         close(jax.tree.map(lambda x, d=device: x[d], result), expected["clipped_scion"])
 
@@ -159,13 +142,10 @@ def test_inside_pmap(names, expected):
 @pytest.mark.parametrize("rho", [0.0, 1e4])
 def test_pairing_of_parts_inside_shard_map(rho):
     """A leaf that is split over a mapped axis counts with all of its parts, once."""
-    mesh = make("8", "Auto")
-    split, whole = P("fsdp"), P()
     params = {"a": jnp.zeros((8, 4)), "c": jnp.zeros((3, 5))}
     gradients = {"a": jnp.arange(32.0).reshape(8, 4) - 9, "c": jnp.ones((3, 5))}
-    built = scion_jax.unconstrained_clipped_scion(
-        0.1, scion_jax.Sign(normalized=False), momentum=1.0, rho=rho
-    )
+    norm = Sign(normalized=False)
+    built = scion_jax.unconstrained_clipped_scion(0.1, norm, momentum=1.0, rho=rho)
 
     def scanned(params, gradients):
         def step(carry, _):
@@ -176,58 +156,91 @@ def test_pairing_of_parts_inside_shard_map(rho):
         (params, _), pairings = jax.lax.scan(step, (params, built.init(params)), length=2)
         return params, pairings
 
-    specs = {"a": split, "c": whole}
-    mapped = jax.shard_map(scanned, mesh=mesh, in_specs=(specs, specs), out_specs=(specs, whole))
+    specs = {"a": P("fsdp"), "c": P()}
+    mesh = make("8", "Auto")
+    mapped = jax.shard_map(scanned, mesh=mesh, in_specs=(specs, specs), out_specs=(specs, P()))
     result, pairings = jax.jit(mapped)(params, gradients)
     np.testing.assert_allclose(pairings, np.abs(gradients["a"]).sum() + 15)
     close(result, scanned(params, gradients)[0])
 
 
 @pytest.mark.fast
-def test_a_stack_split_along_itself_over_some_of_the_devices():
-    """Four matrices on four devices, which are padded to eight."""
-    norm = Spectral(layout="bio", orthogonalizer=EXACT)
-    d = jax.random.normal(jax.random.key(0), (4, 8, 4))
-    mesh = make("4x2", "Explicit")
-    with jax.set_mesh(mesh):
-        given = jax.device_put(d, NamedSharding(mesh, P("fsdp")))
-        (result,) = jax.jit(lambda d: lmos_of(norm, [d]))(given)
-        assert result.sharding.is_equivalent_to(given.sharding, 3)
-    np.testing.assert_allclose(result, norm.lmo(d), atol=1e-5)
+@pytest.mark.parametrize("short_step", [False, True])
+@pytest.mark.parametrize("spec", [P("fsdp"), P(("fsdp", "tensor"))])
+def test_clipping_across_parts_inside_shard_map(spec, short_step):
+    """Pairings of parts add up before their absolute values do, and the largest gauge counts.
+
+    "out" lies outside of its ball, where the step climbs.
+    """
+    rng = np.random.default_rng(0)
+    params = {"in": rng.uniform(-1, 1, (8, 4)), "out": rng.uniform(2, 9, (8, 4)), "whole": [0.5, 1]}
+    gradients = {"in": rng.standard_normal((8, 4)), "whole": [1.0, -2.0]}
+    gradients["out"] = -np.abs(rng.standard_normal((8, 4)))
+    gradients["out"][0] = 0  # the first device has nothing to climb
+    trees = [{k: jnp.asarray(v, jnp.float32) for k, v in t.items()} for t in (params, gradients)]
+    optimizer = scion_jax.clipped_scion(
+        0.1, Sign(normalized=False), rho=1e3, momentum=1.0, short_step=short_step
+    )
+
+    def step(params, gradients):
+        updates, state = optimizer.update(gradients, optimizer.init(params), params)
+        return updates, (state[1].pairing, state[1].factor)
+
+    specs, mesh = {"in": spec, "out": spec, "whole": P()}, make("4x2", "Auto")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, specs), out_specs=(specs, P()))
+    updates, numbers = jax.jit(mapped)(*trees)
+    expected, expected_numbers = step(*trees)
+    chex.assert_trees_all_close(numbers, expected_numbers, rtol=1e-5)
+    assert 0 < numbers[1] < 1
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-7)
+
+
+BIO = Spectral(layout="bio", orthogonalizer=EXACT)
+PLACED = {
+    # Four matrices on four devices, which are padded to eight.
+    "split along itself": ((4, 8, 4), P("fsdp"), lambda d: lmos_of(BIO, [d])[0]),
+    "orthogonalize": ((3, 8, 12), P(None, "fsdp", "tensor"), lambda x: orthogonalize(x, EXACT)),
+}
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(("shape", "spec", "function"), PLACED.values(), ids=PLACED)
+def test_results_are_split_as_what_they_are_of(shape, spec, function):
+    x, mesh = gaussian(shape, dtype=np.float32), make("4x2", "Explicit")
+    with jax.set_mesh(mesh):
+        given = jax.device_put(x, NamedSharding(mesh, spec))
+        result = jax.jit(function)(given)
+        assert result.sharding.is_equivalent_to(given.sharding, 3)
+    np.testing.assert_allclose(result, function(jnp.asarray(x)), atol=1e-5)
+
+
+@pytest.mark.fast
+@every_kind
 @pytest.mark.parametrize("compute", [None, jnp.float16, jnp.bfloat16])
 def test_scale_survives_the_way(kind, compute):
     """Values in bfloat16, infinities and ranges are those of one device."""
-    d = jax.random.normal(jax.random.key(0), (6, 16, 24))
+    d = jnp.asarray(gaussian((6, 16, 24)), jnp.float32)
     scales = jnp.array([1e-30, 1e-19, 1.0, 1e6, 1e19, 1e30])[:, None, None]
     norm = Spectral(layout="bio", orthogonalizer=NewtonSchulz(compute_dtype=compute))
-    expected = norm.lmo(d)
-    mesh = make("4x2", kind)
+    expected, mesh = np.asarray(norm.lmo(d)), make("4x2", kind)
     with jax.set_mesh(mesh):
-        given = jax.device_put(
-            (d * scales).at[2, 0, 0].set(jnp.inf),
-            NamedSharding(mesh, P(None, "fsdp", "tensor")),
-        )
-        (result,) = jax.jit(lambda d: lmos_of(norm, [d]))(given)
-    assert bool(jnp.isnan(result[2]).any())
+        there = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+        given = jax.device_put((d * scales).at[2, 0, 0].set(jnp.inf), there)
+        result = np.asarray(jax.jit(lambda d: lmos_of(norm, [d]))(given)[0])
+    assert np.isnan(result[2]).any()
     clean = np.array([0, 1, 3, 4, 5])
-    np.testing.assert_allclose(np.asarray(result)[clean], np.asarray(expected)[clean], atol=0.03)
+    np.testing.assert_allclose(result[clean], expected[clean], atol=0.03)
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@every_kind
 @pytest.mark.parametrize("names", [None, ("fsdp",), ("fsdp", "tensor"), ("tensor",)])
 @pytest.mark.parametrize("own_first", [True, False])
 def test_own_and_shared_leaves_inside_shard_map(kind, names, own_first):
     """A leaf of each device's own stays where it is; one that all share is shared out."""
-    mesh = make("4x2", kind)
-    norm = Spectral(orthogonalizer=EXACT)
-    keys = jax.random.split(jax.random.key(0), 3)
-    own = jax.random.normal(keys[0], (4, 2, 8, 12))  # two, or nothing would be shared out
-    shared = [jax.random.normal(key, (8, 12)) for key in keys[1:]]
+    norm, mesh = Spectral(orthogonalizer=EXACT), make("4x2", kind)
+    own = gaussian((4, 2, 8, 12), dtype=np.float32)  # two, or nothing would be shared out
+    shared = list(gaussian((2, 8, 12), 1, dtype=np.float32))
 
     def mapped(own, shared):
         leaves = [*own[0], *shared] if own_first else [*shared, *own[0]]
@@ -235,26 +248,24 @@ def test_own_and_shared_leaves_inside_shard_map(kind, names, own_first):
         mine = results[:2] if own_first else results[2:]
         return jnp.stack(mine)[None], results[2:] if own_first else results[:2]
 
-    first, whole = P("fsdp"), P()
+    specs = P("fsdp"), P()
     with jax.set_mesh(mesh):
-        given = jax.device_put(own, NamedSharding(mesh, first))
-        own_result, results = jax.jit(
-            jax.shard_map(mapped, in_specs=(first, whole), out_specs=(first, whole))
-        )(given, shared)
-    expected = [norm.lmo(leaf) for leaf in (*own.reshape(8, 8, 12), *shared)]
+        given = jax.device_put(own, NamedSharding(mesh, P("fsdp")))
+        function = jax.jit(jax.shard_map(mapped, in_specs=specs, out_specs=specs))
+        own_result, results = function(given, shared)
+    matrices = [*own.reshape(8, 8, 12), *shared]
+    expected = jax.vmap(norm.lmo)(jnp.stack(matrices))
     for result, wanted in zip([*own_result.reshape(8, 8, 12), *results], expected, strict=True):
         np.testing.assert_allclose(result, wanted, atol=1e-5)
 
 
 def test_inside_shard_map_over_some_axes_only():
     """The others stay the types' own, and work is spread over them."""
-    norm = Spectral(orthogonalizer=EXACT)
-    ds = list(jax.random.normal(jax.random.key(0), (2, 8, 12)))
-    whole = P()
+    norm, ds = Spectral(orthogonalizer=EXACT), list(gaussian((2, 8, 12), dtype=np.float32))
     with jax.set_mesh(make("4x2", "Explicit")):
         given = [jax.device_put(d, P("fsdp")) for d in ds]
         mapped = jax.shard_map(
-            lambda ds: lmos_of(norm, ds), in_specs=whole, out_specs=whole, axis_names={"tensor"}
+            lambda ds: lmos_of(norm, ds), in_specs=P(), out_specs=P(), axis_names={"tensor"}
         )
         step = jax.jit(mapped).lower(given).compile()
         assert "all-to-all" in [name for name, _ in collectives(step.as_text())]
@@ -264,35 +275,19 @@ def test_inside_shard_map_over_some_axes_only():
 
 
 @pytest.mark.fast
-def test_orthogonalize_keeps_the_sharding():
-    mesh = make("4x2", "Explicit")
-    with jax.set_mesh(mesh):
-        there = NamedSharding(mesh, P(None, "fsdp", "tensor"))
-        x = jax.device_put(jax.random.normal(jax.random.key(0), (3, 8, 12)), there)
-        result = jax.jit(lambda x: orthogonalize(x, EXACT))(x)
-        assert result.sharding.is_equivalent_to(there, 3)
-    expected = orthogonalize(jnp.asarray(np.asarray(x)), EXACT)
-    np.testing.assert_allclose(result, expected, atol=1e-5)
-
-
-@pytest.mark.fast
-def test_init_and_shapes():
+def test_init_shapes_and_donation():
     mesh = make("8", "Explicit")
+    optimizer = scion_jax.clipped_scion(0.1, NORMS, LABELS, rho=1.0)
     with jax.set_mesh(mesh):
         params = place(tree()[0], mesh)
-        optimizer = scion_jax.clipped_scion(0.1, NORMS, LABELS, rho=1.0)
         state = jax.jit(optimizer.init)(params)
-        for name, average in optax.tree.get(state, "average").items():
-            assert average.sharding == params[name].sharding
         shapes = jax.eval_shape(optimizer.update, params, state, params)[0]
-        for name, shape in shapes.items():
-            assert shape.sharding.spec == params[name].sharding.spec
-        expected, _ = jax.jit(optimizer.update)(params, state, params)
-        donated = jax.jit(optimizer.update, donate_argnums=(0, 1))
+        for name, param in params.items():
+            assert optax.tree.get(state, "average")[name].sharding == param.sharding
+            assert shapes[name].sharding.spec == param.sharding.spec
         copied = jax.tree.map(jnp.copy, params)
-        updates, _ = donated(copied, state, params)
+        jax.jit(optimizer.update, donate_argnums=(0, 1))(copied, state, params)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copied))
-        close(updates, expected)
 
 
 @pytest.mark.fast
@@ -302,32 +297,32 @@ def test_named_axes_of_a_mesh_in_force():
     state = optimizer.init(params)
     with jax.set_mesh(make("8", "Auto")):
         updates, _ = jax.jit(optimizer.update)(params, state, params)
-    close(updates, scion_jax.scion(0.1).update(params, state, params)[0], rtol=1e-2)
+    close(updates, scion_jax.scion(0.1).update(params, state, params)[0], 1e-2)
 
 
 CLOSED_FORMS = [
-    scion_jax.Euclidean(),
-    scion_jax.ColNorm(),
-    scion_jax.RowNorm(),
+    *(scion_jax.Euclidean(), scion_jax.ColNorm(), scion_jax.RowNorm()),
     scion_jax.BiasRMS(layout="oo"),
 ]
+SCALES = {
+    "float32": (1e-34, 1e-30, 1e-19, 1e-15, 1.0, 1e15, 1e19, 1e36),
+    "float64": (1e-300, 1e-200, 1e-120, 1e-60, 1.0, 1e120, 1e200, 1e300),
+}
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.fast
+@every_kind
 @pytest.mark.parametrize("norm", CLOSED_FORMS, ids=lambda norm: type(norm).__name__)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", SCALES)
 def test_norms_of_split_leaves_whatever_the_scale(x64, norm, kind, dtype):
     """Sums of squares of entries that are huge, tiny and neither, in one reduction over devices."""
-    d = np.random.default_rng(0).standard_normal((16, 8)).astype(dtype)
+    d = gaussian((16, 8), dtype=dtype)
     mixed = d * 10.0 ** np.array([0, -30, 20, 0] * 2, dtype)
     infinite = mixed.copy()
     infinite[3, 5] = np.inf
-    scales = (1e-34, 1e-30, 1e-19, 1e-15, 1.0, 1e15, 1e19, 1e36)
-    if dtype == "float64":
-        scales = (1e-300, 1e-200, 1e-120, 1e-60, 1.0, 1e120, 1e200, 1e300)
-    arrays = [*(d * np.asarray(scale, dtype) for scale in scales), mixed, infinite]
+    arrays = [*(d * np.asarray(scale, dtype) for scale in SCALES[dtype]), mixed, infinite]
     expected = [norm.lmo(jnp.asarray(array)) for array in arrays]  # on one device
-    for result in expected[: len(scales)]:
+    for result in expected[:8]:
         np.testing.assert_allclose(result, expected[4], rtol=1e-5)
     assert bool(jnp.isnan(expected[-1][3, 5]))
     mesh = make("4x2", kind)
@@ -339,75 +334,23 @@ def test_norms_of_split_leaves_whatever_the_scale(x64, norm, kind, dtype):
                 np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-37)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.fast
+@every_kind
 def test_largest_singular_value_by_default(kind):
     """Nothing is said but the mesh; the spectra, shapes and scales of the test on one device."""
-    rng = np.random.default_rng(0)
-    shapes = ((2, 8), (9, 40), (16, 16), (48, 48), (128, 32))
-    ds, numbers = [], range(8)
-    for n, m in shapes:
-        for kind_of_spectrum, spectrum in SPECTRA.items():
-            low, high = sorted((n, m))
-            matrix = (
-                rng.standard_normal((low, high))
-                if kind_of_spectrum == "gaussian"
-                else with_spectrum(spectrum(np.arange(low), low), high, 1)
-            )
-            matrix = matrix if n <= m else matrix.T
-            scales = 10.0 ** (4.0 * np.array(numbers) - 16)[:, None, None]
-            ds.append((matrix * scales).astype(np.float32))
-    norm = Spectral(layout="bio", normalized=False)
-    mesh = make("8", kind)
+    ds, scales = [], 10.0 ** (4.0 * np.arange(8) - 16)[:, None, None]
+    for n, m in ((2, 8), (9, 40), (16, 16), (48, 48), (128, 32)):
+        low, high = sorted((n, m))
+        for name, spectrum in SPECTRA.items():
+            matrix = gaussian((low, high))
+            if name != "gaussian":
+                matrix = with_spectrum(spectrum(np.arange(low), low), high, 1)
+            ds.append(((matrix if n <= m else matrix.T) * scales).astype(np.float32))
+    norm, mesh = Spectral(layout="bio", normalized=False), make("8", kind)
     with jax.set_mesh(mesh):
-        given = [
-            jax.device_put(d, NamedSharding(mesh, P(None, "fsdp")))
-            for d in ds
-            if d.shape[1] % 8 == 0
-        ]
-        given += [
-            jax.device_put(d, NamedSharding(mesh, P(None, None, "fsdp")))
-            for d in ds
-            if d.shape[1] % 8
-        ]
+        specs = [P(None, "fsdp") if d.shape[1] % 8 == 0 else P(None, None, "fsdp") for d in ds]
+        given = [jax.device_put(d, NamedSharding(mesh, s)) for d, s in zip(ds, specs, strict=True)]
         results = jax.jit(lambda ds: lmos_of(norm, ds))(given)
     for d, result in zip(given, results, strict=True):
-        for v in np.asarray(result) / np.sqrt(d.shape[2]):
-            assert np.linalg.norm(v, 2) <= 1.005
-
-
-@pytest.mark.parametrize("short_step", [False, True])
-@pytest.mark.parametrize("spec", [P("fsdp"), P(("fsdp", "tensor"))])
-def test_clipping_across_parts_inside_shard_map(spec, short_step):
-    """Pairings of parts add up before their absolute values do, and the largest gauge counts.
-
-    "out" lies outside of its ball, where the step would climb.
-    """
-    norm = scion_jax.Sign(1.0, normalized=False)
-    rng = np.random.default_rng(0)
-    params = {"in": rng.uniform(-1, 1, (8, 4)), "out": rng.uniform(2, 9, (8, 4)), "whole": [0.5, 1]}
-    gradients = {"in": rng.standard_normal((8, 4)), "whole": [1.0, -2.0]}
-    gradients["out"] = -np.abs(rng.standard_normal((8, 4)))
-    gradients["out"][0] = 0  # the first device has nothing to climb
-    params, gradients = (
-        {key: jnp.asarray(value, jnp.float32) for key, value in tree.items()}
-        for tree in (params, gradients)
-    )
-    optimizer = scion_jax.clipped_scion(0.1, norm, rho=1e3, momentum=1.0, short_step=short_step)
-
-    def step(params, gradients):
-        updates, state = optimizer.update(gradients, optimizer.init(params), params)
-        return updates, (state[1].pairing, state[1].factor)
-
-    specs = {"in": spec, "out": spec, "whole": P()}
-    mapped = jax.shard_map(
-        step,
-        mesh=make("4x2", "Auto"),
-        in_specs=(specs, specs),
-        out_specs=(specs, (P(), P())),
-    )
-    updates, numbers = jax.jit(mapped)(params, gradients)
-    expected, expected_numbers = step(params, gradients)
-    np.testing.assert_allclose(numbers, expected_numbers, rtol=1e-5)
-    assert 0 < numbers[1] < 1
-    for key, value in expected.items():
-        np.testing.assert_allclose(updates[key], value, rtol=1e-4, atol=1e-7)
+        values = np.linalg.norm(np.asarray(result) / np.sqrt(d.shape[2]), 2, axis=(1, 2))
+        assert values.max() <= 1.005
