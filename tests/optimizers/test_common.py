@@ -95,7 +95,7 @@ def test_compiles_once_and_its_state_can_be_donated(case, wrapped):
     for index in (0, 1, 2):
         bad = dict(gradients[index], head=jnp.full((4, 6), jnp.nan))
         for given in (bad, gradients[index]) if wrapped else (gradients[index],):
-            donated, before = params, jax.tree.map(np.asarray, params)
+            donated, before = params, jax.tree.map(np.array, params)
             params, state = step(params, state, given)
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
             if given is bad:
