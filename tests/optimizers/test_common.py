@@ -93,7 +93,7 @@ def test_compiles_once_and_its_state_can_be_donated(case, wrapped):
     params, gradients = gaussian_tree(0), [gaussian_tree(k) for k in range(3)]
     state = optimizer.init(params)  # not under jit, which would give every field its own buffer
     for index in (0, 1, 2):
-        bad = dict(gradients[index], head=jnp.full((4, 6), jnp.nan))
+        bad = dict(gradients[index], head=jnp.full_like(gradients[index]["head"], jnp.nan))
         for given in (bad, gradients[index]) if wrapped else (gradients[index],):
             donated, before = params, jax.tree.map(np.array, params)
             params, state = step(params, state, given)
