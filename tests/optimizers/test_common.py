@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from scion_jax import Auto, BiasRMS, Euclidean, NewtonSchulz, Sign, Spectral
+from scion_jax import Auto, BiasRMS, Euclidean, NewtonSchulz, Sign, Spectral, clipped_scion, scion
 from tests.support.optimizers import (
     LABELS,
     NORMS,
@@ -58,11 +58,10 @@ def test_is_a_transformation_that_takes_extra_arguments(name):
         close(compiled(name).update(params, state)[0], expected)
 
 
-@every_variant
-@every_name
-def test_the_same_however_it_is_called(kind, name):
-    """With and without `jit`, of arrays of JAX's and NumPy's, and in `pmap`."""
-    optimizer, params, gradients = build(OPTIMIZERS[name]), gaussian_tree(0), gaussian_tree(1)
+@functools.cache
+def steps_of(name):
+    """As many calls as make a step, as a function and compiled."""
+    optimizer = build(OPTIMIZERS[name])
 
     def steps(params, gradients):
         state, updates = optimizer.init(params), None
@@ -70,9 +69,16 @@ def test_the_same_however_it_is_called(kind, name):
             updates, state = optimizer.update(gradients, state, params)
         return updates
 
-    expected = jax.jit(steps)(params, gradients)
-    result = variant(kind, steps)(params, gradients)
-    close(result, expected)
+    return steps, jax.jit(steps)
+
+
+@every_variant
+@every_name
+def test_the_same_however_it_is_called(kind, name):
+    """With and without `jit`, of arrays of JAX's and NumPy's, and in `pmap`."""
+    (steps, compiled), params, gradients = steps_of(name), gaussian_tree(0), gaussian_tree(1)
+    result = variant(kind, compiled if "device" in kind else steps)(params, gradients)
+    close(result, compiled(params, gradients))
     same_types(result, params)
 
 
@@ -348,8 +354,9 @@ def test_explicit_mesh(case):
         whole = jax.device_put(values, PartitionSpec())
         expected = last_updates(whole, jax.jit)
         assert np.abs(expected).max() > 0
-        for params, transform in ((values, lambda function: function), (values, jax.jit)):
-            updates = last_updates(jax.device_put(params, split), transform)
+        eagerly = [lambda function: function] * (case.build in (scion, clipped_scion))
+        for transform in (jax.jit, *eagerly):
+            updates = last_updates(jax.device_put(values, split), transform)
             np.testing.assert_allclose(updates, expected, atol=2e-3)
         zero = jax.device_put(np.zeros((2, 8, 4), np.float16), split)
         assert not np.asarray(first_step(optimizer._replace(update=jitted), zero)[0]).any()
