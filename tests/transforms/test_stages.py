@@ -32,33 +32,6 @@ def run(transformation, gradients, params=None):
     return outputs, state
 
 
-def test_average_is_the_exponential_one():
-    rng = np.random.default_rng(0)
-    gradients = [jnp.asarray(rng.standard_normal(5), jnp.float32) for _ in range(6)]
-    outputs, state = run(average_gradients(0.3), gradients)
-    d = np.zeros(5)
-    for g, output in zip(gradients, outputs, strict=True):
-        d = 0.7 * d + 0.3 * np.asarray(g, np.float64)
-        np.testing.assert_allclose(output, d, rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(state.average, outputs[-1])
-    assert state.count == 6
-
-
-def test_momentum_schedule_starts_at_zero():
-    gradients = [jnp.ones(1)] * 4
-    seen = []
-
-    def schedule(count):
-        seen.append(count)
-        return 1 / jnp.sqrt(count.astype(jnp.float32) + 1)
-
-    average = average_gradients(schedule)
-    seen.clear()  # it was asked once, for its shape and range
-    outputs, _ = run(average, gradients)
-    assert [int(count) for count in seen] == [0, 1, 2, 3]
-    np.testing.assert_allclose(outputs, 1, rtol=1e-6)  # the first step forgets d_0 = 0
-
-
 @pytest.mark.parametrize("grad_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
 def test_average_dtypes(grad_dtype, dtype):
