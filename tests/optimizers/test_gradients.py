@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from scion_jax import NewtonSchulz, unconstrained_clipped_scion
+from scion_jax import unconstrained_clipped_scion
 from tests.support.norms import gaussian, make
 from tests.support.optimizers import every_optimizer
 
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.unoptimized
 SHAPES = {"Spectral": (3, 4), "BiasRMS": (3,), "ColNorm": (3, 2), "RowNorm": (3, 2)}
 SHAPES |= {"Euclidean": (2,), "Sign": (2, 2)}
 LABELS = {name: name for name in SHAPES}
-STRAIGHT = NewtonSchulz(compute_dtype="float64")
 
 
 def tree(seed, scale=1.0):

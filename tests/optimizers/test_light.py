@@ -129,10 +129,3 @@ def test_no_two_calls_in_a_row_round_by_the_same_hash(every_k):
         state = after._replace(gradient_sum=ones)
     both = [float(np.mean(one & other)) for one, other in itertools.pairwise(ups)]
     assert max(both) < 0.7 * min(np.mean(up) for up in ups)  # not the same entries
-
-
-def test_traced_every_k():
-    injected = optax.inject_hyperparams(scion_light)(0.1, every_k=3)
-    plain = scion_light(0.1, every_k=3)
-    for a, b in zip(run(injected, 7, tree(0))[0], run(plain, 7, tree(0))[0], strict=True):
-        np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=1e-5)
