@@ -8,8 +8,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
-
 from leaves import LINEAR, NORM, cross_entropy, read, shape, squares, under
+
 from scion_jax import Sign, Spectral, infer_norms, init_params, scale_by_lmo, scion
 
 pytestmark = pytest.mark.unoptimized

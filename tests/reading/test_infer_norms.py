@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from leaves import cross_entropy, read, shape, squares
 
 import scion_jax
-from leaves import cross_entropy, read, shape, squares
 from scion_jax import BiasRMS, ColNorm, Euclidean, RowNorm, Sign, Spectral, infer_norms
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]

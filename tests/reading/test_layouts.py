@@ -5,11 +5,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import naive
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import naive
 import scion_jax
 from scion_jax import (
     Auto,

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-
 from leaves import cross_entropy, shape
+from test_follows import normal, roles_of
+
 from random_programs import Maker
 from scion_jax.reading import read_roles
-from test_follows import normal, roles_of
 
 pytestmark = pytest.mark.unoptimized
 

@@ -1,15 +1,20 @@
-"""Small rebuilds of the models in Flax's own examples (gemma, lm1b, wmt, imagenet); tables."""
+"""Small rebuilds of the models in Flax's own examples, with the losses they are trained with."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 from flax import nnx
 
-from leaves import LINEAR, NORM, attention, under
+from scion_jax import Sign, infer_norms
+from tests.reading.support import ATTENTION, LINEAR, NORM, cross_entropy, of, read, shape, under
 
-WIDTH, VOCABULARY = 16, 20
+pytestmark = pytest.mark.unoptimized
+
+WIDTH, VOCABULARY, TOKENS = 16, 20, shape(2, 5, dtype=jnp.int32)
+LAST = Sign(30.0, zero_init=True)
 
 
 # gemma (NNX): einsums with the heads first, queries apart from keys and values, gains of one's own
@@ -44,12 +49,11 @@ class GroupedAttention(nnx.Module):
 
 class GatedBlock(nnx.Module):
     def __init__(self, rngs):
-        self.pre_norm = Scale(WIDTH)
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.pre_norm, self.pre_ffw_norm = Scale(WIDTH), Scale(WIDTH)
         self.attn = GroupedAttention(4, 2, rngs)
-        self.pre_ffw_norm = Scale(WIDTH)
-        self.gate_proj = nnx.Linear(WIDTH, 32, use_bias=False, rngs=rngs)
-        self.up_proj = nnx.Linear(WIDTH, 32, use_bias=False, rngs=rngs)
-        self.down_proj = nnx.Linear(32, WIDTH, use_bias=False, rngs=rngs)
+        self.gate_proj, self.up_proj = linear(WIDTH, 32), linear(WIDTH, 32)
+        self.down_proj = linear(32, WIDTH)
 
     def __call__(self, x):
         x = x + self.attn(self.pre_norm(x))
@@ -74,20 +78,23 @@ GATED_BLOCK = {
     "attn/q_einsum/kernel": "oio",
     "attn/kv_einsum/kernel": "boio",
     "attn/attn_vec_einsum/kernel": "iio",
-    "attn/_query_norm/scale": "o",
-    "attn/_key_norm/scale": "o",
-    "pre_norm/scale": "o",
-    "pre_ffw_norm/scale": "o",
-    "gate_proj/kernel": "io",
-    "up_proj/kernel": "io",
-    "down_proj/kernel": "io",
+    **under("attn/_query_norm", "attn/_key_norm", "pre_norm", "pre_ffw_norm", {"scale": "o"}),
+    **under("gate_proj", "up_proj", "down_proj", of("io")),
 }
-GEMMA = {
-    "embedder/embedding": "last oi",
-    **under("layers/0", GATED_BLOCK),
-    **under("layers/1", GATED_BLOCK),
-    "final_norm/scale": "o",
-}
+GEMMA = {"embedder/embedding": "last oi", "final_norm/scale": "o"}
+GEMMA |= under("layers/0", "layers/1", GATED_BLOCK)
+
+
+def of_gemma(model, tokens):
+    return cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])
+
+
+def test_gemma():
+    model = nnx.eval_shape(lambda: Gemma(nnx.Rngs(0)))
+    assert read(of_gemma, model, TOKENS, last=LAST) == GEMMA
+    assert read(of_gemma, model, TOKENS)["embedder/embedding"] == "embedding io"
+    norms = infer_norms(of_gemma, model, TOKENS, last=LAST).norms
+    assert norms["last oi"] == Sign(30.0, layout="oi")  # an embedding does not start at zero
 
 
 # lm1b and wmt (Linen): attention without biases, positions, embeddings shared and tied, boxes
@@ -148,10 +155,8 @@ class Translation(nn.Module):
 
     def setup(self):
         self.shared_embedding = nn.Embed(VOCABULARY, WIDTH)
-        self.encoder_block = TransformerLayer()
-        self.decoder_block = TransformerLayer(cross=True)
-        self.positions = Positions()
-        self.norm = nn.LayerNorm()
+        self.encoder_block, self.decoder_block = TransformerLayer(), TransformerLayer(cross=True)
+        self.positions, self.norm = Positions(), nn.LayerNorm()
 
     def __call__(self, inputs, targets):
         encoded = self.encoder_block(self.positions(self.shared_embedding(inputs)))
@@ -159,77 +164,88 @@ class Translation(nn.Module):
         return self.shared_embedding.attend(self.norm(decoded))
 
 
-def transformer_layer(cross=False):
-    table = under("Mlp_0/Dense_0", LINEAR) | under("Mlp_0/Dense_1", LINEAR)
-    for index in range(2 if cross else 1):
-        table |= under(f"MultiHeadDotProductAttention_{index}", attention(bias=False))
-    for index in range(3 if cross else 2):
-        table |= under(f"LayerNorm_{index}", NORM)
-    return table
+def transformer_layer(attentions):
+    heads = {path: layout for path, layout in ATTENTION.items() if path.endswith("kernel")}
+    return {
+        **under("Mlp_0/Dense_0", "Mlp_0/Dense_1", LINEAR),
+        **under(*(f"MultiHeadDotProductAttention_{n}" for n in range(attentions)), heads),
+        **under(*(f"LayerNorm_{n}" for n in range(attentions + 1)), NORM),
+    }
 
 
 LM1B = {
     "Embed_0/embedding": "embedding io",
     "posembed/pos_embedding": "boo",
-    **under("block_0", transformer_layer()),
-    **under("block_1", transformer_layer()),
+    **under("block_0", "block_1", transformer_layer(1)),
     **under("LayerNorm_0", NORM),
-    "logitdense/kernel": "last io",
-    "logitdense/bias": "o",
+    **under("logitdense", of("last io", "o")),
 }
 WMT = {
     "shared_embedding/embedding": "last oi",
     "positions/pos_embedding": "boo",
-    **under("encoder_block", transformer_layer()),
-    **under("decoder_block", transformer_layer(cross=True)),
+    **under("encoder_block", transformer_layer(1)),
+    **under("decoder_block", transformer_layer(2)),
     **under("norm", NORM),
 }
+
+
+def variables(model, *inputs):
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)
+
+
+def test_lm1b():
+    model = LanguageModel()
+
+    def loss(params, tokens, dropout):
+        logits = model.apply({"params": params}, tokens, train=True, rngs={"dropout": dropout})
+        return cross_entropy(logits[:, :-1], tokens[:, 1:])
+
+    params = variables(model, TOKENS)["params"]
+    assert read(loss, params, TOKENS, jax.random.key(1), last=LAST) == LM1B
+
+
+def test_wmt():
+    model = Translation()
+
+    def loss(params, inputs, targets):
+        return cross_entropy(model.apply(params, inputs, targets)[:, :-1], targets[:, 1:])
+
+    params = variables(model, TOKENS, TOKENS)
+    assert read(loss, params, TOKENS, TOKENS, last=LAST) == WMT
 
 
 # imagenet (Linen): a ResNet of bottlenecks, whose last gain in each block starts at 0
 
 
-class Bottleneck(nn.Module):
-    filters: int
-    strides: int
-    train: bool
-
-    @nn.compact
-    def __call__(self, x):
-        conv = partial(nn.Conv, use_bias=False)
-        norm = partial(nn.BatchNorm, use_running_average=not self.train)
-        y = nn.relu(norm()(conv(self.filters, (1, 1))(x)))
-        y = nn.relu(norm()(conv(self.filters, (3, 3), self.strides)(y)))
-        y = norm(scale_init=nn.initializers.zeros_init())(conv(4 * self.filters, (1, 1))(y))
-        if x.shape != y.shape:
-            x = conv(4 * self.filters, (1, 1), self.strides, name="conv_proj")(x)
-            x = norm(name="norm_proj")(x)
-        return nn.relu(x + y)
-
-
 class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
-        x = nn.Conv(8, (7, 7), 2, use_bias=False, name="conv_init")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="bn_init")(x))
+        conv = partial(nn.Conv, use_bias=False)
+        norm = partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.relu(norm(name="bn_init")(conv(8, (7, 7), 2, name="conv_init")(x)))
         for filters, strides in ((4, 1), (8, 2)):
-            x = Bottleneck(filters, strides, train)(x)
+            y = nn.relu(norm()(conv(filters, (1, 1))(x)))
+            y = nn.relu(norm()(conv(filters, (3, 3), strides)(y)))
+            y = norm(scale_init=nn.initializers.zeros_init())(conv(4 * filters, (1, 1))(y))
+            x = nn.relu(norm()(conv(4 * filters, (1, 1), strides)(x)) + y)
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-BOTTLENECK = {
-    **{f"{name}/kernel": "ssio" for name in ("Conv_0", "Conv_1", "Conv_2", "conv_proj")},
-    **{
-        f"{name}/{part}": layout
-        for name in ("BatchNorm_0", "BatchNorm_1", "BatchNorm_2", "norm_proj")
-        for part, layout in NORM.items()
-    },
-}
 RESNET = {
-    "conv_init/kernel": "ssio",
-    **under("bn_init", NORM),
-    **under("Bottleneck_0", BOTTLENECK),
-    **under("Bottleneck_1", BOTTLENECK),
-    "Dense_0/kernel": "last io",
-    "Dense_0/bias": "o",
+    **under("conv_init", *(f"Conv_{n}" for n in range(8)), of("ssio")),
+    **under("bn_init", *(f"BatchNorm_{n}" for n in range(8)), NORM),
+    **under("Dense_0", of("last io", "o")),
 }
+
+
+def test_imagenet():
+    model, images = ResNet(), shape(2, 16, 16, 3)
+
+    def loss(params, statistics, images, classes):
+        both = {"params": params, "batch_stats": statistics}
+        logits, changed = model.apply(both, images, mutable=["batch_stats"])
+        return cross_entropy(logits, classes), changed
+
+    both = variables(model, images)
+    inputs = both["batch_stats"], images, shape(2, dtype=jnp.int32)
+    assert read(loss, both["params"], *inputs, last=LAST, has_aux=True) == RESNET
