@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import naive
 import numpy as np
 import optax
 import pytest
 
-import naive
 from scion_jax import (
     BiasRMS,
     ExactPolar,

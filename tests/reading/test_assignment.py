@@ -70,6 +70,14 @@ def assignment(kinds=KINDS, prefix=""):
     )
 
 
+def of_one(path, shape, norm):
+    return Assignment((Entry(path, shape, "a", norm),))
+
+
+def paths_of(tree):
+    return [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def pure():
     return nnx.to_pure_dict(nnx.state(Model(nnx.Rngs(0)), nnx.Param))
 
@@ -85,35 +93,31 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "params/"])
 @pytest.mark.parametrize("make", TREES.values(), ids=TREES)
-def test_every_tree_of_the_parameters_is_labelled(make, prefix):
+def test_every_tree_of_the_parameters_is_labelled(make):
     tree = make()
-    read = assignment(prefix=prefix)
-    labels = read.labels(tree)
-    assert jax.tree.structure(labels) == jax.tree.structure(tree)
-    paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    found = dict(zip(paths, jax.tree.leaves(labels), strict=True))
     expected = {path: label for path, (_, label) in KINDS.items()}
-    assert {path.removeprefix("params/"): label for path, label in found.items()} == expected
+    for prefix in ("", "params/"):
+        read = assignment(prefix=prefix)
+        labels = read.labels(tree)
+        assert jax.tree.structure(labels) == jax.tree.structure(tree)
+        found = dict(zip(paths_of(tree), jax.tree.leaves(labels), strict=True))
+        assert {path.removeprefix("params/"): label for path, label in found.items()} == expected
+        shapes = jax.eval_shape(lambda: jax.tree.map(jnp.zeros_like, tree))
+        assert jax.tree.leaves(read.labels(shapes)) == jax.tree.leaves(labels)
     rules = label_by_path([(rf"^{path}$", label) for path, label in expected.items()])
     assert jax.tree.leaves(rules(tree)) == jax.tree.leaves(labels)
-    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.zeros_like, tree))
-    assert jax.tree.leaves(read.labels(shapes)) == jax.tree.leaves(labels)
 
 
 def test_parts_of_a_tree():
     tree = pure()
-    part = {
-        "head": tree["head"],
-        "layers": {0: optax.MaskedNode(), 1: tree["layers"][1]},
-        "x": None,
-    }
+    layers = {0: optax.MaskedNode(), 1: tree["layers"][1]}
+    part = {"head": tree["head"], "layers": layers, "x": None}
     labels = assignment().labels(part)
     assert jax.tree.structure(labels) == jax.tree.structure(part)
     assert jax.tree.leaves(labels) == ["last io", "vectors o", "hidden io"]
     optimizer = scion(0.1, assignment())  # no warning of norms that a part does not use
-    optimizer.update(part, optimizer.init(part), part)
+    jax.eval_shape(optimizer.update, part, optimizer.init(part), part)
 
 
 def test_it_is_a_value():
@@ -141,32 +145,30 @@ OPTIMIZERS = [
     lambda *args: scion_jax.clipped_scion(*args, rho=1.0),
     lambda *args: scion_jax.unconstrained_clipped_scion(*args, rho=1.0),
 ]
+KEY = jax.random.key(0)
+FUNCTIONS = [
+    lambda params, *args: init_params(KEY, params, *args),
+    scion_jax.gauges,
+    scion_jax.gauge_bounds,
+    scion_jax.dual_norm,
+    lambda params, *args: scion_jax.frank_wolfe_gap(params, params, *args),
+]
 
 
-@pytest.mark.parametrize("build", OPTIMIZERS)
-def test_optimizers_take_it_alone(build):
-    params, read = pure(), assignment()
-    steps = []
-    for norms in ([read], [read.norms, read.labels]):
-        optimizer = build(0.1, *norms)
-        steps.append(optimizer.update(params, optimizer.init(params), params)[0])
-    jax.tree.map(np.testing.assert_array_equal, *steps)
+def first_step(optimizer, params):
+    return optimizer.update(params, optimizer.init(params), params)[0]
 
 
 def test_everything_takes_it_alone():
     params, read = pure(), assignment()
-    pair = read.norms, read.labels
-    key = jax.random.key(0)
-    for function in (
-        lambda *args: init_params(key, params, *args),
-        lambda *args: scion_jax.gauges(params, *args),
-        lambda *args: scion_jax.gauge_bounds(params, *args),
-        lambda *args: scion_jax.dual_norm(params, *args),
-        lambda *args: scion_jax.frank_wolfe_gap(params, params, *args),
-    ):
-        jax.tree.map(np.testing.assert_array_equal, function(read), function(*pair))
+    ways = (read,), (read.norms, read.labels)
+    steps = [lambda p, *norms, b=b: first_step(b(0.1, *norms), p) for b in OPTIMIZERS]
+    for function in (*FUNCTIONS, *steps):
+        one, other = (jax.make_jaxpr(lambda p, f=function, a=a: f(p, *a))(params) for a in ways)
+        assert str(one) == str(other)
+    for function in FUNCTIONS:
         with pytest.raises(ValueError, match="an Assignment, which has labels of its own"):
-            function(read, read.labels)
+            function(params, read, read.labels)
     for build in OPTIMIZERS:
         with pytest.raises(ValueError, match="leave param_labels out"):
             build(0.1, read, label_by_path([("", "x")]))
@@ -176,26 +178,25 @@ def test_multi_transform_routes_by_it():
     params, read = pure(), assignment()
     routed = optax.multi_transform({k: scale_by_lmo(n) for k, n in read.norms.items()}, read.labels)
     together = scion_jax.unconstrained_scion(1.0, read, momentum=1.0)
-    steps = [o.update(params, o.init(params), params)[0] for o in (routed, together)]
+    steps = [jax.jit(lambda p, o=o: first_step(o, p))(params) for o in (routed, together)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, atol=1e-5), *steps)
 
 
 @pytest.mark.parametrize("static", [["norms"], [], ["norms", "param_labels"]])
 def test_under_inject_hyperparams(static):
     params, read = pure(), assignment()
-    build = optax.inject_hyperparams(scion, static_args=static)
-    optimizer = build(0.1, read)
-    updates, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    optimizer = optax.inject_hyperparams(scion, static_args=static)(0.1, read)
+    updates, state = jax.eval_shape(optimizer.update, params, optimizer.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert state.hyperparams.keys() == {"learning_rate", "momentum"}
 
 
 def test_a_schedule_in_place_of_labels_is_explained():
-    params, read = pure(), assignment()
+    read = assignment()
     for labels in (read.labels, label_by_path([("", "hidden io")])):
         optimizer = optax.inject_hyperparams(scion)(0.1, read.norms, labels)
         with pytest.raises(TypeError, match=r"a count.*inject_hyperparams.*static_args"):
-            optimizer.init(params)
+            optimizer.init(pure())
 
 
 def test_nnx_optimizers_take_it():
@@ -209,39 +210,29 @@ def test_nnx_optimizers_take_it():
 
 def test_in_shard_map_devices_see_their_parts():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    read = Assignment((Entry("w", (16, 4), "a", Sign(layout="io")),))
-    optimizer = scion_jax.unconstrained_scion(1.0, read, momentum=1.0)
+    optimizer = scion_jax.unconstrained_scion(1.0, of_one("w", (16, 4), Sign(layout="io")))
     spec = jax.sharding.PartitionSpec("x")
-
-    def step(params):
-        return optimizer.update(params, optimizer.init(params), params)[0]
-
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec)
+    mapped = jax.shard_map(
+        lambda params: first_step(optimizer, params), mesh=mesh, in_specs=spec, out_specs=spec
+    )
     assert jax.jit(mapped)({"w": jnp.ones((16, 4))})["w"].shape == (16, 4)
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"head": {"kernle": jnp.ones((4, 5))}}, r"'head/kernle' is no parameter.*'head/kernel'\)"),
-        ({"zzzz": jnp.ones(3)}, r"leaf 'zzzz' is no parameter of the program that [^(]*;"),
-        (
-            {"head": {"kernel": jnp.ones((5, 4))}},
-            r"has shape \(5, 4\), but \(4, 5\) in the program",
-        ),
-        (
-            {"params": {}, "batch_stats": {"x": jnp.ones(2)}},
-            r"'batch_stats'.*variables\['params'\]",
-        ),
-        ({"batch_stats": {"x": jnp.ones(2)}}, "'batch_stats/x' is no parameter"),
+        ({"head": {"kernle": np.ones((4, 5))}}, r"'head/kernle' is no parameter.*'head/kernel'\)"),
+        ({"zzzz": np.ones(3)}, r"leaf 'zzzz' is no parameter of the program that [^(]*;"),
+        ({"head": {"kernel": np.ones((5, 4))}}, r"has shape \(5, 4\), but \(4, 5\) in the program"),
+        ({"params": {}, "batch_stats": {"x": np.ones(2)}}, r"'batch_stats'.*variables\['params'\]"),
+        ({"batch_stats": {"x": np.ones(2)}}, "'batch_stats/x' is no parameter"),
     ],
 )
 def test_other_trees_are_refused(tree, message):
-    for function in (assignment().labels, assignment().muon_dimension_numbers):
+    read = assignment()
+    for function in (read.labels, read.muon_dimension_numbers, scion(0.1, read).init):
         with pytest.raises(ValueError, match=message):
             function(tree)
-    with pytest.raises(ValueError, match=message):
-        scion(0.1, assignment()).init(tree)
 
 
 def test_other_leaves_are_refused_in_their_own_words():
@@ -280,67 +271,47 @@ def test_description():
 # MaxText: kernels are (embed, heads, head_dim), scanned layers are on axis 1.
 NUMBERS = optax.contrib.MuonDimensionNumbers
 MAXTEXT = {
-    "embedder/embedding": ((11, 8), "io", None),
-    "decoder/query": ((8, 2, 4), "ioo", NUMBERS((0,), (1, 2))),
-    "decoder/out": ((2, 4, 8), "iio", NUMBERS((0, 1), (2,))),
-    "decoder/wi": ((8, 16), "io", NUMBERS((0,), (1,))),
-    "layers/query": ((8, 3, 2, 4), "iboo", NUMBERS((0,), (2, 3))),
-    "layers/out": ((2, 3, 4, 8), "ibio", NUMBERS((0, 2), (3,))),
-    "layers/wi": ((8, 3, 16), "ibo", NUMBERS((0,), (2,))),
-    "layers/wqkv": ((8, 3, 12), "ibo[3]", NUMBERS((0,), (2,))),
-    "layers/conv": ((5, 4, 6), "sio", NUMBERS((0, 1), (2,))),
-    "layers/scale": ((8, 3), "ob", None),
-    "decoder/norm": ((8,), "o", None),
-    "head": ((8, 11), "io", None),
-    "idle": ((8, 8), "io", None),
+    "embedder/embedding": ((11, 8), "embedding io", None),
+    "decoder/query": ((8, 2, 4), "hidden ioo", NUMBERS((0,), (1, 2))),
+    "decoder/out": ((2, 4, 8), "hidden iio", NUMBERS((0, 1), (2,))),
+    "decoder/wi": ((8, 16), "hidden io", NUMBERS((0,), (1,))),
+    "layers/query": ((8, 3, 2, 4), "hidden iboo", NUMBERS((0,), (2, 3))),
+    "layers/out": ((2, 3, 4, 8), "hidden ibio", NUMBERS((0, 2), (3,))),
+    "layers/wi": ((8, 3, 16), "hidden ibo", NUMBERS((0,), (2,))),
+    "layers/wqkv": ((8, 3, 12), "hidden ibo[3]", NUMBERS((0,), (2,))),
+    "layers/conv": ((5, 4, 6), "hidden sio", NUMBERS((0, 1), (2,))),
+    "layers/scale": ((8, 3), "vectors ob", None),
+    "decoder/norm": ((8,), "vectors o", None),
+    "head": ((8, 11), "last io", None),
+    "idle": ((8, 8), "unused io", None),
 }
 
 
-def of_maxtext(path, layout):
-    if path == "embedder/embedding":
-        return "embedding", ColNorm(layout=layout)
-    if path == "head":
-        return "last", Sign(layout=layout)
-    if path == "idle":
-        return "unused", Spectral(layout=layout)
-    if set(layout) <= set("ob"):
-        return f"vectors {layout}", BiasRMS(layout=layout)
-    return f"hidden {layout}", Spectral(layout=layout)
-
-
 def test_muon_dimension_numbers():
-    entries = [Entry(p, s, *of_maxtext(p, layout)) for p, (s, layout, _) in MAXTEXT.items()]
+    kinds = {"embedding": ColNorm, "hidden": Spectral, "vectors": BiasRMS, "last": Sign}
+    entries, flat = [], {}
+    for path, (sizes, label, _) in MAXTEXT.items():
+        word, layout = label.split()
+        entries.append(Entry(path, sizes, label, kinds.get(word, Spectral)(layout=layout)))
+        flat[path] = jnp.asarray(np.random.default_rng(0).normal(size=sizes), jnp.float32)
     read = Assignment(tuple(entries))
-    rng = np.random.default_rng(0)
-    flat = {
-        path: jnp.asarray(rng.normal(size=s), jnp.float32) for path, (s, _, _) in MAXTEXT.items()
-    }
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     by_hand = {path: numbers for path, (_, _, numbers) in MAXTEXT.items()}
     by_hand = flax.traverse_util.unflatten_dict(by_hand, sep="/")
     assert read.muon_dimension_numbers(params) == by_hand
-    assert jax.tree.leaves(read.muon_dimension_numbers({"params": params})) == jax.tree.leaves(
-        by_hand
-    )
-    steps = []
-    for numbers in (read.muon_dimension_numbers, by_hand):
-        muon = optax.contrib.muon(
-            jnp.float32(0.1), muon_weight_dimension_numbers=numbers, weight_decay=0.1
-        )
-        with jax.numpy_dtype_promotion("standard"):  # Optax's Muon needs it
-            steps.append(muon.update(params, muon.init(params), params)[0])
-    jax.tree.map(np.testing.assert_array_equal, *steps)
-
-
-def test_muon_takes_states_of_nnx():
-    state, read = TREES["state"](), assignment()
-    muon = optax.contrib.muon(0.1, muon_weight_dimension_numbers=read.muon_dimension_numbers)
-    with jax.numpy_dtype_promotion("standard"):
-        updates, _ = muon.update(state, muon.init(state), state)
-    assert jax.tree.structure(updates) == jax.tree.structure(state)
+    wrapped = read.muon_dimension_numbers({"params": params})
+    assert jax.tree.leaves(wrapped) == jax.tree.leaves(by_hand)
     auto = Assignment((Entry("w", (2, 3), "a", Auto()), Entry("c", (3,), "a", Auto())))
     numbers = auto.muon_dimension_numbers({"w": jnp.ones((2, 3)), "c": jnp.ones(3)})
     assert numbers == {"w": NUMBERS((0,), (1,)), "c": None}
+    for tree, numbers in (
+        (params, read.muon_dimension_numbers),
+        (TREES["state"](), assignment().muon_dimension_numbers),
+    ):
+        muon = optax.contrib.muon(jnp.float32(0.1), muon_weight_dimension_numbers=numbers)
+        with jax.numpy_dtype_promotion("standard"):  # Optax's Muon needs it
+            updates = jax.eval_shape(lambda tree, m=muon: first_step(m, tree), tree)
+        assert jax.tree.structure(updates) == jax.tree.structure(tree)
 
 
 def test_a_layer_that_is_called_value():
@@ -348,10 +319,8 @@ def test_a_layer_that_is_called_value():
         query: eqx.nn.Linear
         value: eqx.nn.Linear
 
-    one, two = (eqx.nn.Linear(2, 3, key=jax.random.key(i)) for i in range(2))
-    tree = {"a": Attention(one, two)}
-    paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    assert paths == ["a/query/weight", "a/query/bias", "a/value/weight", "a/value/bias"]
+    tree = {"a": Attention(*(eqx.nn.Linear(2, 3, key=jax.random.key(i)) for i in range(2)))}
+    assert paths_of(tree) == ["a/query/weight", "a/query/bias", "a/value/weight", "a/value/bias"]
 
 
 def test_stacked_gains_of_a_module_are_refused():

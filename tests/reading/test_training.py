@@ -26,6 +26,8 @@ from scion_jax import (
 )
 from tests.reading.support import cross_entropy
 
+pytestmark = pytest.mark.unoptimized
+
 
 class Mlp(nnx.Module):
     def __init__(self, rngs):
