@@ -19,8 +19,7 @@ import scion_jax
 
 STEPS = 10
 EVERY = 2  # steps from one checkpoint to the next
-BATCH = 32
-VOCABULARY = 16
+BATCH, VOCABULARY = 32, 16
 DEVICES_PER_PROCESS = 2
 
 NORMS = {
@@ -36,37 +35,42 @@ OPTIMIZERS = {
     "scion": functools.partial(scion_jax.scion, RATE, NORMS, LABELS),
     "clipped_scion": functools.partial(scion_jax.clipped_scion, RATE, NORMS, LABELS, rho=3.0),
 }
-SHAPES = {
-    "embedding": (VOCABULARY, 8),
-    "square": [(8, 8)] * 3,
-    "wide": [(8, 16)] * 2,
-    "bias": (16,),
-}
+
+
+def normal(rng, scale):
+    draw = lambda *shape: scale * rng.standard_normal(shape, np.float32)  # noqa: E731
+    square, wide = [draw(8, 8) for _ in range(3)], [draw(8, 16) for _ in range(2)]
+    return {"embedding": draw(VOCABULARY, 8), "square": square, "wide": wide, "bias": draw(16)}
+
+
+def predict(params, x):
+    h = x @ params["embedding"]
+    square = [jnp.tanh(h @ w) for w in params["square"]]
+    wide = [jnp.tanh(h @ w + params["bias"]) for w in params["wide"]]
+    return jnp.concatenate([*square, *wide], axis=1)
 
 
 class Training:
     """A teacher's outputs, learned by least squares, with data and parameters split over a mesh."""
 
-    def __init__(self, axis_type, optimizer, devices):
+    def __init__(self, name, devices):
         """Compiles nothing yet.
 
         Args:
-            axis_type: `"Explicit"` or `"Auto"`, which has to be told what to spread over.
-            optimizer: A name in `OPTIMIZERS`.
+            name: The kind of the mesh's axes and the optimizer: `"Explicit-scion"`. Those of kind
+                `"Auto"` have to be told what to spread over.
             devices: The devices of the mesh.
         """
-        kind = AxisType[axis_type]
-        self.mesh = jax.make_mesh((len(devices),), ("fsdp",), (kind,), devices=devices)
-        explicit = kind == AxisType.Explicit
+        kind, optimizer = name.split("-")
+        explicit = kind == "Explicit"
+        self.mesh = jax.make_mesh((len(devices),), ("fsdp",), (AxisType[kind],), devices=devices)
         self._gather = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
         self._optimizer = OPTIMIZERS[optimizer](shard_over=None if explicit else "fsdp")
         rng = np.random.default_rng(0)
-        teacher = _normal(rng, 1.0)
-        self._params = _normal(rng, 0.3)
-        self._inputs = np.eye(VOCABULARY, dtype=np.float32)[
-            rng.integers(VOCABULARY, size=(STEPS, BATCH))
-        ]
-        self._outputs = np.stack([np.asarray(_predict(teacher, x)) for x in self._inputs])
+        teacher, self._params = normal(rng, 1.0), normal(rng, 0.3)
+        words = rng.integers(VOCABULARY, size=(STEPS, BATCH))
+        self._inputs = np.eye(VOCABULARY, dtype=np.float32)[words]
+        self._outputs = np.stack([np.asarray(predict(teacher, x)) for x in self._inputs])
         self._shardings = jax.tree.map(self._sharding, jax.eval_shape(self._start, self._params))
 
     def initial(self):
@@ -75,18 +79,12 @@ class Training:
             params = jax.tree.map(self._place, self._params)
             return jax.jit(self._start, out_shardings=self._shardings)(params)
 
-    def steps(self, state, start=0, stop=STEPS):
-        """Makes steps.
+    def steps(self, state, start=0):
+        """Makes steps after the first `start`; yields how many are made, and the state.
 
-        Args:
-            state: The state after `start` steps, which is given away.
-            start: Number of steps made.
-            stop: Number of steps to make in all.
-
-        Yields:
-            The number of steps made, and the state after them.
+        The state that comes in is given away.
         """
-        for k in range(start, stop):
+        for k in range(start, STEPS):
             with jax.set_mesh(self.mesh):
                 batch = self._place(self._inputs[k]), self._place(self._outputs[k])
                 state = jax.block_until_ready(self._step(state, *batch))
@@ -98,16 +96,13 @@ class Training:
             replicated = NamedSharding(self.mesh, PartitionSpec())
             state = jax.jit(lambda tree: tree, out_shardings=replicated)(state)
         leaves = jax.tree_util.tree_leaves_with_path(state)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-            for path, leaf in leaves
-        }
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
     @functools.cached_property
     def _step(self):
         def loss(params, x, y):
             gathered = jax.tree.map(lambda leaf: self._gather(leaf, PartitionSpec()), params)
-            return jnp.mean(jnp.square(_predict(gathered, x) - y))
+            return jnp.mean(jnp.square(predict(gathered, x) - y))
 
         def step(state, x, y):
             params = state["params"]
@@ -128,21 +123,6 @@ class Training:
         return jax.make_array_from_callback(array.shape, self._sharding(array), array.__getitem__)
 
 
-def _normal(rng, scale):
-    return jax.tree.map(
-        lambda shape: scale * rng.standard_normal(shape, np.float32),
-        SHAPES,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-
-
-def _predict(params, x):
-    h = x @ params["embedding"]
-    square = [jnp.tanh(h @ w) for w in params["square"]]
-    wide = [jnp.tanh(h @ w + params["bias"]) for w in params["wide"]]
-    return jnp.concatenate([*square, *wide], axis=1)
-
-
 def open_checkpoints(folder):
     """Opens a folder of checkpoints, for all processes together."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -150,14 +130,9 @@ def open_checkpoints(folder):
 
 
 def restore(checkpoints, initial):
-    """Reads the newest checkpoint onto the devices of an initial state.
+    """Reads the newest checkpoint onto the devices of an initial state, or returns that.
 
-    Args:
-        checkpoints: An Orbax manager.
-        initial: What to return if there is no checkpoint.
-
-    Returns:
-        The number of steps made, and the state after them.
+    The number of steps made comes with it.
     """
     made = checkpoints.latest_step()
     if made is None:
@@ -167,67 +142,53 @@ def restore(checkpoints, initial):
 
 
 def train_with_checkpoints(training, folder, pause):
-    """Trains from the newest checkpoint on, if there is one, and writes further ones.
-
-    Args:
-        training: What to train.
-        folder: Where the checkpoints are.
-        pause: Seconds to wait after each step.
-
-    Returns:
-        The state at the end.
-    """
+    """Trains from the newest checkpoint on, if there is one, and writes further ones."""
     with open_checkpoints(folder) as checkpoints:
-        start, first = restore(checkpoints, training.initial())
+        start, state = restore(checkpoints, training.initial())
         print(f"starting from {start}", flush=True)
-        state = first
-        for made, state in training.steps(first, start):
+        for made, state in training.steps(state, start):  # noqa: B020
             print(f"step {made}", flush=True)
             time.sleep(pause)
             if made % EVERY == 0:
                 print(f"writing {made}", flush=True)
                 checkpoints.save(made, args=ocp.args.StandardSave(state))
-                print(f"written {made}", flush=True)
     return state
 
 
 def main():
     """Makes trainings as one of several processes; the first of them writes the results."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--coordinator", required=True, help="address and port")
-    parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--process", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument(
-        "--checkpoints", type=Path, help="folder; continue the first training from the newest one"
-    )
+    parser.add_argument("--coordinator", help="address and port")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--checkpoints", type=Path, help="from which the first training goes on")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds after each step")
-    parser.add_argument("trainings", nargs="+", help="axis type and optimizer: Auto-scion")
-    arguments = parser.parse_args()
+    parser.add_argument("trainings", nargs="+")
+    options = parser.parse_args()
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", DEVICES_PER_PROCESS)
     jax.distributed.initialize(
-        coordinator_address=arguments.coordinator,
-        num_processes=arguments.processes,
-        process_id=arguments.process,
+        coordinator_address=options.coordinator,
+        num_processes=options.processes,
+        process_id=options.process,
         initialization_timeout=60,
         heartbeat_timeout_seconds=10,
         shutdown_timeout_seconds=10,
     )
     assert jax.local_device_count() == DEVICES_PER_PROCESS
-    assert jax.device_count() == DEVICES_PER_PROCESS * arguments.processes
+    assert jax.device_count() == DEVICES_PER_PROCESS * options.processes
 
     def write(name, training, state):
         arrays = training.whole(state)
-        if not arguments.process:
-            np.savez(arguments.out / f"{name}.npz", **arrays)
-        print(f"finished {name}", flush=True)
+        if not options.process:
+            np.savez(options.out / f"{name}.npz", **arrays)
 
-    for name in arguments.trainings:
-        training = Training(*name.split("-"), jax.devices())
-        if arguments.checkpoints and name == arguments.trainings[0]:
-            state = train_with_checkpoints(training, arguments.checkpoints, arguments.pause)
+    for name in options.trainings:
+        training = Training(name, jax.devices())
+        if options.checkpoints and name == options.trainings[0]:
+            state = train_with_checkpoints(training, options.checkpoints, options.pause)
             write(f"{name}-continued", training, state)
         *_, (_, state) = training.steps(training.initial())
         write(name, training, state)

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-import process_worker
-from process_worker import EVERY, Training, open_checkpoints, restore
+from tests.examples import process_worker
+from tests.examples.process_worker import EVERY, Training, open_checkpoints, restore
 
 pytestmark = pytest.mark.unoptimized  # the processes take as long to compile as to do the rest
 
@@ -23,34 +23,34 @@ LIMIT = 300.0  # seconds, for whatever processes do
 GRACE = 10.0  # seconds, for a process to notice that the other one is gone
 
 
-class Processes:
-    """Processes that train together.
+class Processes(contextlib.AbstractContextManager):
+    """So many processes of `process_worker` that train together; none is left behind.
 
-    Attributes:
-        count: How many they are.
-        running: The processes.
-        logs: The file of each process' output.
+    Args:
+        count: How many.
+        out: Folder to make, for their results and output.
+        *arguments: What follows on the command line.
     """
 
     def __init__(self, count, out, *arguments):
-        """Starts them; see `started`."""
         out.mkdir()
         script = Path(process_worker.__file__)
         environment = os.environ | {
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(script.parents[1]),
+            "PYTHONPATH": str(script.parents[2]),
             "XLA_FLAGS": "",
         }
-        command = [sys.executable, script, "--coordinator", f"127.0.0.1:{free_port()}"]
-        command += ["--processes", count, "--out", out, *arguments]
-        self.count, self.out = count, out
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        command = [sys.executable, script, "--coordinator", address, "--processes", count]
+        self.out, self.running = out, []
         self.logs = [out / f"process_{index}.log" for index in range(count)]
-        self.running = []
         for index, log in enumerate(self.logs):
             with log.open("wb") as file:
                 process = subprocess.Popen(
-                    [*map(str, command), "--process", str(index)],
+                    [*map(str, [*command, "--process", index, "--out", out, *arguments])],
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=file,
@@ -59,76 +59,41 @@ class Processes:
                 )
             self.running.append(process)
 
-    def wait_for(self, index, line):
-        """Waits until a process has printed a line."""
-        deadline = time.monotonic() + LIMIT
-        while line not in self._lines(index):
-            if self.running[index].poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"process {index} did not print {line!r}{self.output()}")
-            time.sleep(0.005)
-
-    def succeed(self):
-        """Waits until all have ended, and returns the results by name."""
-        deadline = time.monotonic() + LIMIT
-        while any(process.poll() is None for process in self.running):
-            failed = any(process.poll() for process in self.running)
-            if failed or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        codes = [process.poll() for process in self.running]
-        assert codes == [0] * self.count, f"exit codes: {codes}{self.output()}"
-        return self.results()
-
-    def results(self):
-        """Reads the results there are: by the name of the training, arrays by path."""
-        results = {}
-        for path in self.out.glob("*.npz"):
-            with np.load(path) as arrays:
-                results[path.stem] = dict(arrays)
-        return results
-
-    def printed(self, line):
-        """Tells whether every process has printed a line."""
-        return all(line in self._lines(index) for index in range(self.count))
-
-    def output(self):
-        """Returns what the processes have printed, to be shown with a failure."""
-        return "".join(f"\n--- {log.name}\n{log.read_text(errors='replace')}" for log in self.logs)
-
-    def _lines(self, index):
-        return self.logs[index].read_text(errors="replace").splitlines()
-
-    def kill(self):
-        """Kills what is left of them."""
+    def __exit__(self, *_):
         for process in self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
+    def lines(self, index):
+        return self.logs[index].read_text(errors="replace").splitlines()
 
-@contextlib.contextmanager
-def started(count, out, *arguments):
-    """Starts processes of `process_worker`, and leaves none behind.
+    def printed(self, line):
+        """Tells whether every process has printed a line."""
+        return all(line in self.lines(index) for index in range(len(self.logs)))
 
-    Args:
-        count: How many.
-        out: Folder to make, for their results and output.
-        *arguments: What follows on the command line.
+    def output(self):
+        """Returns what the processes have printed, to be shown with a failure."""
+        return "".join(f"\n--- {log.name}\n{log.read_text(errors='replace')}" for log in self.logs)
 
-    Yields:
-        A `Processes`.
-    """
-    processes = Processes(count, out, *arguments)
-    try:
-        yield processes
-    finally:
-        processes.kill()
+    def wait_for(self, index, line):
+        """Waits until a process has printed a line."""
+        deadline = time.monotonic() + LIMIT
+        while line not in self.lines(index):
+            if self.running[index].poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"process {index} did not print {line!r}{self.output()}")
+            time.sleep(0.005)
 
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    def succeed(self):
+        """Waits until all have ended; returns arrays by path, by the name of the training."""
+        deadline = time.monotonic() + LIMIT
+        while None in (codes := [process.poll() for process in self.running]):
+            if any(codes) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        assert not any(codes), f"exit codes: {codes}{self.output()}"
+        assert None not in codes, self.output()
+        return {path.stem: dict(np.load(path)) for path in self.out.glob("*.npz")}
 
 
 def assert_close(one, other, tolerance):
@@ -148,10 +113,6 @@ def in_this_process(training, start=0, state=None):
 def killed_twice(count, root):
     """Kills processes that train, twice, and lets those that follow end.
 
-    Args:
-        count: How many processes.
-        root: An empty folder.
-
     Returns:
         The results, and a folder with the checkpoints that the first kill left.
     """
@@ -164,7 +125,7 @@ def killed_twice(count, root):
         (count - 1, f"step {2 * EVERY + 1}", [2 * EVERY, 3 * EVERY]),
         (0, f"writing {4 * EVERY}", [3 * EVERY, 4 * EVERY]),
     ]:
-        with started(count, root / f"from {made}", "--pause", 0.1, *arguments) as processes:
+        with Processes(count, root / f"from {made}", "--pause", 0.1, *arguments) as processes:
             processes.wait_for(victim, line)
             processes.running[victim].kill()
             deadline = time.monotonic() + GRACE
@@ -172,15 +133,14 @@ def killed_twice(count, root):
                 with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in a collective
                     process.wait(max(0.0, deadline - time.monotonic()))
                 assert process.poll() != 0
-            assert not processes.results(), "the kill came too late"
+            assert not [*processes.out.glob("*.npz")], "the kill came too late"
             assert processes.printed(f"starting from {made}")
         if not first.exists():
             shutil.copytree(folder, first)
         with open_checkpoints(folder) as checkpoints:
             made = checkpoints.latest_step()
         assert made in written
-
-    with started(count, root / "last", *arguments, "Auto-clipped_scion") as processes:
+    with Processes(count, root / "last", *arguments, "Auto-clipped_scion") as processes:
         results = processes.succeed()
         assert processes.printed(f"starting from {made}")
     return results, first
@@ -193,11 +153,10 @@ def test_processes_train_like_one_and_survive_kills(count, tmp_path):
     assert set(results) == {"Explicit-scion-continued", "Explicit-scion", "Auto-clipped_scion"}
     assert_close(results["Explicit-scion-continued"], results["Explicit-scion"], 0.0)
     for name in ("Explicit-scion", "Auto-clipped_scion"):
-        expected = in_this_process(Training(*name.split("-"), jax.devices()[:1]))
-        assert_close(results[name], expected, 1e-5)
+        assert_close(results[name], in_this_process(Training(name, jax.devices()[:1])), 1e-5)
 
     # One process goes on with what they began, on another mesh.
-    training = Training("Explicit", "scion", jax.devices()[:8])
+    training = Training("Explicit-scion", jax.devices()[:8])
     with open_checkpoints(first) as checkpoints:
         made, state = restore(checkpoints, training.initial())
     assert made < 4 * EVERY
@@ -205,7 +164,7 @@ def test_processes_train_like_one_and_survive_kills(count, tmp_path):
 
     if count == 4:  # and so do two processes
         arguments = ["--checkpoints", first, "Explicit-scion"]
-        with started(2, tmp_path / "two", *arguments) as processes:
+        with Processes(2, tmp_path / "two", *arguments) as processes:
             moved = processes.succeed()
             assert processes.printed(f"starting from {made}")
         for result in moved.values():
