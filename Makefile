@@ -18,14 +18,16 @@ MUTANTS_ARGS ?=
 TEST_JOBS ?= auto
 
 python := $(VENV)/bin/python
-comma := ,
 
-# install EXTRA: the library, editable, with one of pyproject.toml's extras.
+# install GROUPS: the library, editable, with some of pyproject.toml's dependency groups, which pip
+# knows from 25.1 on.
 define install
-	@echo "Installing scion_jax[$(1)] into $(VENV) (the first time takes a minute or two)"
+	@echo "Installing scion_jax with $(1) into $(VENV) (the first time takes a minute or two)"
 	@$(python) -m pip --version >/dev/null 2>&1 || $(python) -m ensurepip >/dev/null
-	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
+	@$(pip) "pip>=25.1"
+	@$(pip) --editable . $(addprefix --group ,$(1))
 endef
+pip := $(python) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-slow coverage mutants lint bench docs release-check clean
 .NOTPARALLEL:
@@ -96,7 +98,7 @@ $(python):
 	rm -f "$(VENV)"/bin/python* && \
 	"$$interpreter" -m venv "$(VENV)"
 
-# Stamps. Each extra contains the one before, so installing it settles that one too.
+# Stamps. A group that contains others settles these, too.
 # They say nothing once the interpreter is gone.
 stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled coverage mutation docs)
 ifneq ($(shell test -x $(python) && echo yes),yes)
@@ -113,7 +115,7 @@ $(VENV)/.installed-test: pyproject.toml | $(python)
 
 # The tests, and the TPU's compiler for benchmarks/compiled.py and its test.
 $(VENV)/.installed-compiled: pyproject.toml | $(python)
-	$(call install,test$(comma)compiled)
+	$(call install,test compiled)
 	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
 
 $(VENV)/.installed-coverage: pyproject.toml | $(python)

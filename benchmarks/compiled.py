@@ -4,7 +4,7 @@
     python benchmarks/compiled.py --topology v5e:2x4 --layers 12 # 8 chips, FSDP
     python benchmarks/compiled.py --target h100.textproto        # a GPU (jax[cuda13] is needed)
 
-The extra `compiled` installs the TPU's compiler. An update with `optax.apply_updates`, donated, is
+The dependency group `compiled` installs the TPU's compiler. An update with `optax.apply_updates`, donated, is
 compiled for block trees (see block_trees.py). Cycles are the compiler's own estimate, with loops
 counted by their rounds (see hlo.py); it has none for collectives, so these are listed beside.
 """

@@ -60,7 +60,7 @@ def test_unknown_rounds_are_an_error():
         hlo.cost(LOOP.replace("s32[] constant(6)", "s32[] custom-call()"))
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra 'compiled'")
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the group 'compiled'")
 def test_figures_for_eight_chips():
     command = [sys.executable, str(BENCHMARKS / "compiled.py"), "--topology", "v5e:2x4"]
     command += ["--layers", "8", "--width", "128", "--optimizers", "scion"]
