@@ -74,12 +74,12 @@ lint: $(VENV)/.installed-dev
 results := out/benchmarks
 
 bench: $(VENV)/.installed-examples
-	@$(python) benchmarks/step_time.py --json $(results)/step_time.json \
+	@$(python) -m benchmarks.step_time --json $(results)/step_time.json \
 		$(if $(REFERENCE),--reference "$(REFERENCE)")
-	@$(python) benchmarks/compile_time.py --json $(results)/compile_time.json
-	@$(python) benchmarks/memory.py --json $(results)/memory.json
-	@$(python) benchmarks/momentum_matrices.py $(results)/momentum.npz
-	@$(python) benchmarks/orthogonalization.py --matrices $(results)/momentum.npz \
+	@$(python) -m benchmarks.compile_time --json $(results)/compile_time.json
+	@$(python) -m benchmarks.memory --json $(results)/memory.json
+	@$(python) -m benchmarks.momentum_matrices $(results)/momentum.npz
+	@$(python) -m benchmarks.orthogonalization --matrices $(results)/momentum.npz \
 		--json $(results)/orthogonalization.json
 
 # Leaves what can be uploaded in dist/. It makes environments of its own, so VENV plays no part.

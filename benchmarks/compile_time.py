@@ -1,7 +1,7 @@
 """Time to trace and to compile an optimizer's update, and how much code that gives, by depth.
 
-    python benchmarks/compile_time.py                            # 12 and 48 layers of width 128
-    python benchmarks/compile_time.py --width 64 --depths 2 8 --rounds 3
+    python -m benchmarks.compile_time                            # 12 and 48 layers of width 128
+    python -m benchmarks.compile_time --width 64 --depths 2 8 --rounds 3
 
 The update of the hidden matrices of a GPT-2 (block_trees.py) is compiled afresh every time: JAX's
 caches are emptied before, the one on disk is off, and the function is a new one. The optimizers
@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import optax
 
-from block_trees import COMPARED, OURS, PEER, block_shapes
-from reporting import Record, alternate, make_parser, markdown, record, report
+from benchmarks.block_trees import COMPARED, OURS, PEER, block_shapes
+from benchmarks.reporting import Record, alternate, make_parser, markdown, record, report
 
 UNITS = {"lower": "s", "compile": "s", "stablehlo": "kB", "hlo": "kB"}
 

@@ -1,11 +1,6 @@
 """What the tests of `examples/nanogpt.py` have in common: a text, and less to compile."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import nanogpt
+from examples import nanogpt
 
 
 def write_book(path):

@@ -3,27 +3,26 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("flax")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-import block_trees
-import compile_time
-import memory
-import momentum_matrices
-import orthogonalization
-import reference
-import reporting
-import step_time
+from benchmarks import (
+    block_trees,
+    compile_time,
+    memory,
+    momentum_matrices,
+    orthogonalization,
+    reference,
+    reporting,
+    step_time,
+)
 from scion_jax import ExactPolar, NewtonSchulz, Spectral
 
 FIELDS = {"benchmark", "case", "ours", "peer", "peer_name", "ratio", "unit"}

@@ -1,16 +1,11 @@
 """The example `examples/cnn.py`: its data, its whitening, that it learns, and what it refuses."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import cnn
+from examples import cnn
 
 pytestmark = pytest.mark.unoptimized
 SMALL = ["--width", "0.125", "--batch", "80", "--epochs", "4"]

@@ -3,7 +3,6 @@
 import functools
 import re
 import resource
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import finetune
+from examples import finetune
 
 FEATURES, CLASSES = 36, 3
 

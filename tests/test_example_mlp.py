@@ -1,14 +1,9 @@
 """The example `examples/mlp.py`: it learns, reads arrays of any shape, and refuses what is none."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import mlp
+from examples import mlp
 
 pytestmark = pytest.mark.unoptimized
 

@@ -4,14 +4,11 @@ import os
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import nanogpt
+from examples import nanogpt
 from nanogpt_runs import one_optimizer, write_book
 
 pytestmark = pytest.mark.unoptimized  # these runs are about files and settings, not about time

@@ -3,14 +3,11 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import sharded
+from examples import sharded
 
 
 def test_run_moves_to_another_mesh(capsys, monkeypatch):

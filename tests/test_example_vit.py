@@ -1,15 +1,12 @@
 """The example `examples/vit.py`: it learns, shows its attention, and refuses what it cannot use."""
 
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import vit
+from examples import vit
 
 TINY = ["--patch", "4", "--width", "16", "--depth", "1", "--heads", "2"]
 

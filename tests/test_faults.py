@@ -52,7 +52,7 @@ def whole(run, tmp_path_factory):
 def start(code, book, out, *arguments, **environment):
     """Starts the example, or a program around it, in a process of its own."""
     command = [sys.executable, *code, *SHORT, "--data", book, "--out", out, *arguments]
-    folders = os.pathsep.join([str(Path(nanogpt.__file__).parent), *sys.path])
+    folders = os.pathsep.join([str(Path(nanogpt.__file__).parents[1]), *sys.path])
     return subprocess.Popen(
         [*map(str, command)],
         env=os.environ | {"PYTHONPATH": folders} | environment,
@@ -71,7 +71,7 @@ def modified(path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-import nanogpt
+from examples import nanogpt
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
