@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import optax.contrib
 
+from benchmarks.flops import flops
 from scion_jax import NewtonSchulz, Spectral, unconstrained_scion
 
 Tree = dict[str, dict[str, Any]]
@@ -79,8 +80,6 @@ def array_bytes(tree: Any) -> int:
 def necessary_flops(tree: Any, orthogonalizer: NewtonSchulz) -> int:
     """Counts the products that orthogonalizing a tree of matrices takes.
 
-    The compiler's own count is of no use here: it counts the body of a loop once.
-
     Args:
         tree: Matrices or their shapes.
         orthogonalizer: The method.
@@ -90,4 +89,4 @@ def necessary_flops(tree: Any, orthogonalizer: NewtonSchulz) -> int:
         for each entry is left out.
     """
     sizes = (sorted(leaf.shape) for leaf in jax.tree.leaves(tree))
-    return sum(orthogonalizer.flops(rows, columns) for rows, columns in sizes)
+    return sum(flops(orthogonalizer, rows, columns) for rows, columns in sizes)

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.flops import flops
 from benchmarks.reporting import (
     Record,
     alternating_times,
@@ -196,7 +197,7 @@ def evaluate(matrices: Array, named: dict[str, Orthogonalizer], rounds: int) -> 
         pairs = zip(polars, decompositions, strict=True) if finite else ()
         judged = [judge(polar, decomposition) for polar, decomposition in pairs]
         alignments, gauges, gains = zip(*judged, strict=True) if finite else ([0.0],) * 3
-        work = method.flops(*matrices.shape[1:]) if isinstance(method, NewtonSchulz) else None
+        work = flops(method, *matrices.shape[1:]) if isinstance(method, NewtonSchulz) else None
         qualities[name] = Quality(
             float(np.median(alignments)),
             max(gauges),
