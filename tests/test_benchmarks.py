@@ -175,6 +175,8 @@ def test_block_tree_has_the_matrices_of_gpt2():
     assert len(tree) == 3
     shapes = [leaf.shape for leaf in jax.tree.leaves(tree["layer2"])]
     assert sorted(shapes) == [(8, 8)] * 4 + [(8, 32), (32, 8)]
+    whole = jax.tree.leaves(block_trees.block_shapes(1, 8, vectors=True))
+    assert sorted(leaf.shape for leaf in whole if leaf.ndim == 1) == [(8,)] * 9 + [(32,)]
     assert block_trees.array_bytes(tree) == 3 * 12 * 8 * 8 * 4
     drawn = block_trees.gaussian_like(tree, 0)
     assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(lambda leaf: leaf.shape, tree)
@@ -312,29 +314,35 @@ def test_every_compilation_starts_afresh():
     assert all(cost.lower > 0 and cost.compile > 0 for cost in costs)
 
 
-def test_growth_of_compilation_is_deep_by_shallow():
-    cost = compile_time.Cost
-    costs = {(12, name): cost(1.0, 2.0, 3.0, 4.0) for name in (block_trees.OURS, block_trees.PEER)}
-    costs[48, block_trees.OURS] = cost(2.0, 2.0, 3.0, 4.0)
-    costs[48, block_trees.PEER] = cost(4.0, 8.0, 12.0, 16.0)
-    assert compile_time.growth(costs, block_trees.OURS) == cost(2.0, 1.0, 1.0, 1.0)
-    assert compile_time.growth(costs, block_trees.PEER) == cost(4.0, 4.0, 4.0, 4.0)
+def test_growth_of_compilation_is_deep_by_shallow(monkeypatch):
+    cost, named = compile_time.Cost, (block_trees.OURS, block_trees.PEER)
+    costs = {(12, name): cost(1.0, 2.0, 3, 4.0, 5.0) for name in named}
+    costs[48, block_trees.OURS] = cost(2.0, 2.0, 3, 4.0, 5.0)
+    costs[48, block_trees.PEER] = cost(4.0, 8.0, 12, 16.0, 20.0)
+    monkeypatch.setattr(compile_time, "OPTIMIZERS", named)
+    assert compile_time.growth(costs, block_trees.OURS) == cost(2.0, 1.0, 1.0, 1.0, 1.0)
+    assert compile_time.growth(costs, block_trees.PEER) == cost(4.0, 4.0, 4.0, 4.0, 4.0)
     growths = [line for line in compile_time.records(costs) if "growth" in line["benchmark"]]
-    assert [line["ratio"] for line in growths] == [0.5, 0.25, 0.25, 0.25]
-    assert compile_time.median_cost([cost(1, 5, 1, 1), cost(2, 4, 1, 1), cost(3, 3, 1, 1)]) == cost(
-        2, 4, 1, 1
-    )
+    assert [line["ratio"] for line in growths] == [0.5, 0.25, 0.25, 0.25, 0.25]
+    rounds = [cost(1, 5, 1, 1, 1), cost(2, 4, 1, 1, 1), cost(3, 3, 1, 1, 1)]
+    assert compile_time.median_cost(rounds) == cost(2, 4, 1, 1, 1)
+
+
+def test_equations_of_a_function_that_is_called_twice_count_once():
+    inner = jax.jit(lambda x: jnp.sin(jnp.cos(x)))
+    jaxpr = jax.make_jaxpr(lambda x: inner(inner(x)))(1.0)
+    assert compile_time.count_equations(jaxpr) == 2 + 2
 
 
 def test_compile_time_reports(tmp_path, capsys, monkeypatch):
     path = tmp_path / "compile_time.json"
     cache = jax.config.jax_enable_compilation_cache
-    quick = dict(zip(block_trees.COMPARED, (optax.sgd(0.1), optax.lion(0.1)), strict=True))
-    monkeypatch.setattr(compile_time, "COMPARED", quick)
+    quick = {block_trees.OURS: optax.sgd(0.1), block_trees.PEER: optax.lion(0.1)}
+    monkeypatch.setattr(compile_time, "OPTIMIZERS", quick)
     options = ["--width", "8", "--depths", "1", "2", "--rounds", "3"]
     compile_time.main([*options, "--json", str(path)])
     assert jax.config.jax_enable_compilation_cache == cache
-    assert len(read_records(path)) == 3 * 4
+    assert len(read_records(path)) == 3 * 5
     assert "| `unconstrained_scion` | 2 / 1 |" in capsys.readouterr().out
 
 
