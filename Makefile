@@ -12,8 +12,10 @@ DEMO_ARGS ?= --overwrite
 PYTEST_ARGS ?=
 # scion.py of the authors' PyTorch code, for make bench to compare with. PyTorch has to be in VENV.
 REFERENCE ?=
-# More arguments for .ci/mutants, for example: make mutants MUTANTS_ARGS="--sample 150"
-MUTANTS_ARGS ?=
+# The folder or module that make mutants changes, and pytest's arguments for each change: all tests
+# take minutes. make mutants MUTANTS=scion_jax/norms MUTANTS_TESTS="scion_jax/norms tests/test_norms.py"
+MUTANTS ?= scion_jax
+MUTANTS_TESTS ?=
 # Test processes. The default is one per core, and at most 8.
 TEST_JOBS ?= auto
 
@@ -60,8 +62,20 @@ coverage: $(VENV)/.installed-coverage
 	@COVERAGE_CORE=sysmon $(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 \
 		--cov --no-cov-on-fail $(PYTEST_ARGS)
 
+# Changes files where they are, so commit before. An interrupted run goes on: delete out/mutants to
+# start anew.
+session := out/mutants/$(subst /,-,$(MUTANTS)).sqlite
+mutants: export PATH := $(abspath $(VENV)/bin):$(PATH)
+mutants: export PYTEST_ADDOPTS := $(MUTANTS_TESTS)
+mutants: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/out/mutants/compiled
 mutants: $(VENV)/.installed-mutation
-	@$(python) .ci/mutants $(MUTANTS_ARGS)
+	@mkdir -p out/mutants
+	@sed 's|^module-path.*|module-path = "$(MUTANTS)"|' .ci/cosmic-ray.toml > out/mutants/settings.toml
+	@cosmic-ray --verbosity ERROR baseline out/mutants/settings.toml
+	@test -f $(session) || { cosmic-ray init out/mutants/settings.toml $(session) && \
+		cr-filter-operators $(session) out/mutants/settings.toml; }
+	@cosmic-ray exec out/mutants/settings.toml $(session)
+	@cr-report --surviving-only --show-diff $(session)
 
 lint: $(VENV)/.installed-dev
 	@echo "ruff check"
@@ -82,9 +96,9 @@ bench: $(VENV)/.installed-examples
 	@$(python) -m benchmarks.orthogonalization --matrices $(results)/momentum.npz \
 		--json $(results)/orthogonalization.json
 
-# Leaves what can be uploaded in dist/. It makes environments of its own, so VENV plays no part.
-release-check:
-	@interpreter=$$(.ci/find-python "$(PYTHON)") && "$$interpreter" .ci/release-check
+# Leaves what can be uploaded in dist/.
+release-check: $(VENV)/.installed-release
+	@.ci/release-check $(python)
 
 # NO_MKDOCS_2_WARNING silences Material's advertisement of its successor.
 docs: $(VENV)/.installed-docs
@@ -100,7 +114,7 @@ $(python):
 
 # Stamps. A group that contains others settles these, too.
 # They say nothing once the interpreter is gone.
-stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled coverage mutation docs)
+stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled coverage mutation docs release)
 ifneq ($(shell test -x $(python) && echo yes),yes)
 .PHONY: $(stamps)
 endif
@@ -128,6 +142,10 @@ $(VENV)/.installed-mutation: pyproject.toml | $(python)
 
 $(VENV)/.installed-docs: pyproject.toml | $(python)
 	$(call install,docs)
+	@touch $@
+
+$(VENV)/.installed-release: pyproject.toml | $(python)
+	$(call install,release)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(python)
