@@ -28,7 +28,7 @@ def compare(found, expected, dtype, what):
     assert error <= TOLERANCE[dtype] * np.abs(expected).max(), (
         f"{what}: {error:.1e} off what was recorded with {versions}. To change numbers that users "
         "have seen is a decision: write into CHANGELOG.md what changes and why, then record them "
-        "anew, python tests/golden_own/record.py"
+        "anew, python -m tests.golden_own.record"
     )
 
 

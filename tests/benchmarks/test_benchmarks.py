@@ -2,29 +2,30 @@
 
 import dataclasses
 import json
+import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("flax")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-import block_trees
-import compile_time
-import memory
-import momentum_matrices
-import orthogonalization
-import reference
-import reporting
-import step_time
-from scion_jax import ExactPolar, NewtonSchulz, Spectral
+from benchmarks import (
+    block_trees,
+    compile_time,
+    memory,
+    momentum_matrices,
+    orthogonalization,
+    reference,
+    reporting,
+    step_time,
+)
+from benchmarks.flops import flops
+from scion_jax import ExactPolar, NewtonSchulz, Spectral, orthogonalize
 
 FIELDS = {"benchmark", "case", "ours", "peer", "peer_name", "ratio", "unit"}
 TINY = ("--width", "32", "--layers", "1", "--sequence", "16")
@@ -174,16 +175,28 @@ def test_block_tree_has_the_matrices_of_gpt2():
     assert len(tree) == 3
     shapes = [leaf.shape for leaf in jax.tree.leaves(tree["layer2"])]
     assert sorted(shapes) == [(8, 8)] * 4 + [(8, 32), (32, 8)]
+    whole = jax.tree.leaves(block_trees.block_shapes(1, 8, vectors=True))
+    assert sorted(leaf.shape for leaf in whole if leaf.ndim == 1) == [(8,)] * 9 + [(32,)]
     assert block_trees.array_bytes(tree) == 3 * 12 * 8 * 8 * 4
     drawn = block_trees.gaussian_like(tree, 0)
     assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(lambda leaf: leaf.shape, tree)
     assert jnp.std(drawn["layer0"]["expand"]) == pytest.approx(1, abs=0.2)
 
 
+def test_work_is_that_of_the_products():
+    assert flops(NewtonSchulz("quintic", 5), 128, 128) == 5 * 3 * 2 * 128**3
+    for method in NewtonSchulz(), NewtonSchulz(compute_dtype=jnp.float32):
+        traced = jax.jit(lambda x, method=method: orthogonalize(x, method)).trace(jnp.ones((8, 32)))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        sizes = r"tensor<(?:1x)?(\d+)x(\d+)x\w+>, tensor<(?:1x)?\d+x(\d+)x\w+>"
+        products = re.findall(rf"dot_general.*\({sizes}\)", text)
+        assert flops(method, 8, 32) == sum(2 * int(n) * int(k) * int(m) for n, k, m in products)
+
+
 def test_necessary_work_is_that_of_every_matrix():
     method = NewtonSchulz("quintic", 5)
     work = block_trees.necessary_flops(block_trees.block_shapes(3, 8), method)
-    assert work == 3 * (4 * method.flops(8, 8) + 2 * method.flops(8, 32))
+    assert work == 3 * (4 * flops(method, 8, 8) + 2 * flops(method, 8, 32))
     assert Spectral().orthogonalizer == NewtonSchulz()  # the default row's, in step_time
 
 
@@ -301,29 +314,35 @@ def test_every_compilation_starts_afresh():
     assert all(cost.lower > 0 and cost.compile > 0 for cost in costs)
 
 
-def test_growth_of_compilation_is_deep_by_shallow():
-    cost = compile_time.Cost
-    costs = {(12, name): cost(1.0, 2.0, 3.0, 4.0) for name in (block_trees.OURS, block_trees.PEER)}
-    costs[48, block_trees.OURS] = cost(2.0, 2.0, 3.0, 4.0)
-    costs[48, block_trees.PEER] = cost(4.0, 8.0, 12.0, 16.0)
-    assert compile_time.growth(costs, block_trees.OURS) == cost(2.0, 1.0, 1.0, 1.0)
-    assert compile_time.growth(costs, block_trees.PEER) == cost(4.0, 4.0, 4.0, 4.0)
+def test_growth_of_compilation_is_deep_by_shallow(monkeypatch):
+    cost, named = compile_time.Cost, (block_trees.OURS, block_trees.PEER)
+    costs = {(12, name): cost(1.0, 2.0, 3, 4.0, 5.0) for name in named}
+    costs[48, block_trees.OURS] = cost(2.0, 2.0, 3, 4.0, 5.0)
+    costs[48, block_trees.PEER] = cost(4.0, 8.0, 12, 16.0, 20.0)
+    monkeypatch.setattr(compile_time, "OPTIMIZERS", named)
+    assert compile_time.growth(costs, block_trees.OURS) == cost(2.0, 1.0, 1.0, 1.0, 1.0)
+    assert compile_time.growth(costs, block_trees.PEER) == cost(4.0, 4.0, 4.0, 4.0, 4.0)
     growths = [line for line in compile_time.records(costs) if "growth" in line["benchmark"]]
-    assert [line["ratio"] for line in growths] == [0.5, 0.25, 0.25, 0.25]
-    assert compile_time.median_cost([cost(1, 5, 1, 1), cost(2, 4, 1, 1), cost(3, 3, 1, 1)]) == cost(
-        2, 4, 1, 1
-    )
+    assert [line["ratio"] for line in growths] == [0.5, 0.25, 0.25, 0.25, 0.25]
+    rounds = [cost(1, 5, 1, 1, 1), cost(2, 4, 1, 1, 1), cost(3, 3, 1, 1, 1)]
+    assert compile_time.median_cost(rounds) == cost(2, 4, 1, 1, 1)
+
+
+def test_equations_of_a_function_that_is_called_twice_count_once():
+    inner = jax.jit(lambda x: jnp.sin(jnp.cos(x)))
+    jaxpr = jax.make_jaxpr(lambda x: inner(inner(x)))(1.0)
+    assert compile_time.count_equations(jaxpr) == 2 + 2
 
 
 def test_compile_time_reports(tmp_path, capsys, monkeypatch):
     path = tmp_path / "compile_time.json"
     cache = jax.config.jax_enable_compilation_cache
-    quick = dict(zip(block_trees.COMPARED, (optax.sgd(0.1), optax.lion(0.1)), strict=True))
-    monkeypatch.setattr(compile_time, "COMPARED", quick)
+    quick = {block_trees.OURS: optax.sgd(0.1), block_trees.PEER: optax.lion(0.1)}
+    monkeypatch.setattr(compile_time, "OPTIMIZERS", quick)
     options = ["--width", "8", "--depths", "1", "2", "--rounds", "3"]
     compile_time.main([*options, "--json", str(path)])
     assert jax.config.jax_enable_compilation_cache == cache
-    assert len(read_records(path)) == 3 * 4
+    assert len(read_records(path)) == 3 * 5
     assert "| `unconstrained_scion` | 2 / 1 |" in capsys.readouterr().out
 
 
@@ -360,7 +379,7 @@ def test_methods_are_judged_as_they_are():
     exact = qualities[orthogonalization.EXACT]
     assert (exact.alignment, exact.gauge, exact.gain) == pytest.approx((1, 1, 1), abs=1e-5)
     assert exact.megaflops is None
-    assert qualities[orthogonalization.OURS].megaflops == default.flops(8, 32) / 1e6
+    assert qualities[orthogonalization.OURS].megaflops == flops(default, 8, 32) / 1e6
     assert qualities[peer].gauge > 1.05
     assert orthogonalization.flags(qualities[peer], qualities[peer]) == "OUT"
     assert orthogonalization.flags(exact, qualities[peer]) == ""

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import hlo  # noqa: E402
+from benchmarks import hlo
 
 pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parents[1]
 
 LOOP = """HloModule m
 
@@ -60,11 +59,11 @@ def test_unknown_rounds_are_an_error():
         hlo.cost(LOOP.replace("s32[] constant(6)", "s32[] custom-call()"))
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra 'compiled'")
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the group 'compiled'")
 def test_figures_for_eight_chips():
-    command = [sys.executable, str(BENCHMARKS / "compiled.py"), "--topology", "v5e:2x4"]
+    command = [sys.executable, "-m", "benchmarks.compiled", "--topology", "v5e:2x4"]
     command += ["--layers", "8", "--width", "128", "--optimizers", "scion"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     row = next(line for line in done.stdout.splitlines() if line.startswith("| `scion`"))
     assert "| 6 all-to-all |" in row
     assert float(row.split(" | ")[1]) > 0  # Mcycles

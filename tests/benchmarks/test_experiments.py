@@ -3,30 +3,27 @@
 import dataclasses
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "experiments"))
-
-import batch_size
-import boundedness
-import clipping
-import clipping_digits
-import coordinate_check
-import output_layers
-import precision
-import records
-import steps_to_loss
-import training
-import transfer
-from optimizers import CONTESTANTS, GRID_STEPS, Contestant
-from text import TEXT
-from training import Outcome, Setting
+from benchmarks.experiments import (
+    batch_size,
+    boundedness,
+    clipping,
+    clipping_digits,
+    coordinate_check,
+    output_layers,
+    precision,
+    records,
+    steps_to_loss,
+    training,
+    transfer,
+)
+from benchmarks.experiments.optimizers import CONTESTANTS, GRID_STEPS, Contestant
+from benchmarks.experiments.text import TEXT
+from benchmarks.experiments.training import Outcome, Setting
 
 TINY = Setting("scion", 2**-8, width=64, layers=1, batch=2, sequence=8, steps=4, evaluate_every=2)
 

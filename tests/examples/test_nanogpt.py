@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-import nanogpt
-from tests.examples import FOLDER
+from examples import nanogpt
 from tests.examples.test_refusals import write_shard
 
 pytestmark = pytest.mark.unoptimized  # these runs are about files and settings, not about time
@@ -147,7 +147,7 @@ def test_help_names_every_flag(capsys):
 def start(code, book, out, *arguments, **environment):
     """Starts the example, or a program around it, in a process of its own."""
     command = [sys.executable, *code, *SHORT, "--data", book, "--out", out, *arguments]
-    folders = os.pathsep.join([str(FOLDER), *sys.path])
+    folders = os.pathsep.join([str(Path(nanogpt.__file__).parents[1]), *sys.path])
     return subprocess.Popen(
         [*map(str, command)],
         env=os.environ | {"PYTHONPATH": folders} | environment,
@@ -161,7 +161,6 @@ def start(code, book, out, *arguments, **environment):
 KILLED = """
 import os, signal, sys
 import numpy as np
-import nanogpt
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)

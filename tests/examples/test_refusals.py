@@ -7,12 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-import cnn
-import finetune
-import mlp
-import nanogpt
-import sharded
-import vit
+from examples import cnn, finetune, mlp, nanogpt, sharded, vit
 
 pytestmark = pytest.mark.unoptimized
 

@@ -1,6 +1,6 @@
 """Records what every optimizer does to a small tree: tests/golden_own/trajectories.npz.
 
-    python tests/golden_own/record.py
+    python -m tests.golden_own.record
 
 Only when numbers are meant to change, which is a decision: CHANGELOG.md says what changes and why.
 Everything runs in float64, where platforms and versions of JAX agree. The file holds the `start`,
@@ -13,11 +13,7 @@ import json
 import math
 import pathlib
 import platform
-import sys
 from importlib.metadata import version
-
-if __name__ == "__main__":  # record this checkout, whatever is installed
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def versions(requirements, operator):
@@ -18,14 +18,18 @@ def versions(requirements, operator):
     return dict(pair.groups() for pair in pairs if pair)
 
 
-OLDEST = versions(PROJECT["dependencies"], ">=")
-EXAMPLES = versions(PROJECT["optional-dependencies"]["examples"], ">=")
+OLDEST = versions(PROJECT["project"]["dependencies"], ">=")
+EXAMPLES = versions(PROJECT["dependency-groups"]["examples"], ">=")
 
 
 def test_constraints_are_the_lower_bounds():
     assert OLDEST.keys() == {"jax", "optax"}  # no framework
     constraints = versions((ROOT / ".ci" / "oldest.txt").read_text().splitlines(), "==")
     assert constraints == {**OLDEST, "jaxlib": OLDEST["jax"], "flax": EXAMPLES["flax"]}
+
+
+def test_a_wheel_says_what_users_install_only():
+    assert "optional-dependencies" not in PROJECT["project"]
 
 
 @pytest.mark.parametrize("name", ["JAX", "Optax"])
