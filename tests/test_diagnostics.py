@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import naive
 import numpy as np
 import optax
 import pytest
@@ -24,6 +23,7 @@ from scion_jax import (
     unconstrained_scion,
     vanishing_momentum,
 )
+from tests.support import naive
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 

@@ -20,7 +20,7 @@ from scion_jax import (
     init_params,
     scion_light,
 )
-from test_common import OPTIMIZERS
+from tests.support.optimizers import OPTIMIZERS
 
 STEPS = 100_000
 LOOK_EVERY = 100  # steps: gauges take an SVD

@@ -1,13 +1,16 @@
 """Meshes of the eight devices, and what compiled programs move between them."""
 
+import functools
 import math
 import re
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding
 
-from scion_jax.norms.leaves import Leaf, lmos
+import scion_jax
+from scion_jax import NewtonSchulz, scale_by_lmo
 
 COLLECTIVE = re.compile(r" = (.*?) (all-[a-z-]+?|reduce-scatter|collective-[a-z]+)(?:-start)?\(")
 BYTES = {"f32": 4, "bf16": 2, "u16": 2}
@@ -18,6 +21,19 @@ MESHES = {
     "2x2x2": ((2, 2, 2), ("fsdp", "tensor", "data")),
 }
 
+EXACT = NewtonSchulz(compute_dtype=jnp.float32)  # comparisons are close then
+OPTIMIZERS = {
+    "scion": scion_jax.scion,
+    "unconstrained_scion": scion_jax.unconstrained_scion,
+    "clipped_scion": functools.partial(scion_jax.clipped_scion, rho=30.0),
+    "short_step": functools.partial(scion_jax.clipped_scion, rho=3.0, short_step=True),
+    "unconstrained_clipped_scion": functools.partial(
+        scion_jax.unconstrained_clipped_scion, rho=100.0
+    ),
+    "scion_light": scion_jax.scion_light,
+    "almond": scion_jax.almond,
+}
+
 
 def make(mesh, kind):
     shape, names = MESHES[mesh]
@@ -25,7 +41,8 @@ def make(mesh, kind):
 
 
 def lmos_of(norm, ds, names=None):
-    return lmos([Leaf("", norm, norm.read(d.shape)) for d in ds], ds, names)
+    """The LMOs of several leaves of one norm, taken together."""
+    return scale_by_lmo(norm, shard_over=names).update(list(ds), optax.EmptyState())[0]
 
 
 def compiled(optimizer, shapes, mesh, specs):

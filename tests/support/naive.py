@@ -1,5 +1,9 @@
 """Naive float64 restatements, straight from the formulas: loops over matrices, SVDs, no reuse."""
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
 
@@ -42,98 +46,82 @@ def fan(shape, layout):
     )
 
 
-def spectral_radius(d_out, d_in, k, normalized=True, at_least_one=False):
-    root = np.sqrt(d_out / d_in) if normalized else np.sqrt(d_out)
-    return (max(1.0, root) if at_least_one else root) / k
-
-
 def polar(matrix):
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     keep = s > 1e-13 * max(s.max(initial=0), 1e-300)
     return (u * keep) @ vt
 
 
-def divide(a, b):
-    return np.divide(a, b, out=np.zeros_like(a), where=b != 0)
-
-
 def sphere(matrix, axis=None):
-    return divide(matrix, np.sqrt(np.sum(matrix**2, axis=axis, keepdims=True)) + 0 * matrix)
+    length = np.sqrt(np.sum(matrix**2, axis=axis, keepdims=True)) + 0 * matrix
+    return np.divide(matrix, length, out=np.zeros_like(matrix), where=length != 0)
 
 
-def unit_lmo(name, matrix, d_out, d_in, k, options):
-    """The maximizer over the unit ball, for one matrix."""
-    n = d_in * k
-    if name in ("Spectral", "SpectralConv"):
-        c = spectral_radius(
-            d_out, d_in, k, options.get("normalized", True), options.get("max", False)
-        )
-        return c * polar(matrix)
-    if name == "Sign":
-        return np.sign(matrix) / (n if options.get("normalized", True) else 1)
-    if name == "ColNorm":
-        scale = np.sqrt(d_out) / (n if options.get("normalized", False) else 1)
-        return scale * sphere(matrix, axis=0)
-    if name == "RowNorm":
-        scale = 1 / np.sqrt(n) if options.get("normalized", True) else 1.0
-        return scale * sphere(matrix, axis=1)
-    if name == "BiasRMS":
-        return np.sqrt(matrix.size) * sphere(matrix)
-    if name == "Euclidean":
-        return sphere(matrix)
-    raise KeyError(name)
+def spectral_scale(o, i, k, normalized=True, max=False):
+    root = np.sqrt(o / i) if normalized else np.sqrt(o)
+    return (np.maximum(1.0, root) if max else root) / k
 
 
-def unit_norm(name, matrix, d_out, d_in, k, options):
-    """The norm of one matrix."""
-    n = d_in * k
-    if name in ("Spectral", "SpectralConv"):
-        c = spectral_radius(
-            d_out, d_in, k, options.get("normalized", True), options.get("max", False)
-        )
-        return np.linalg.norm(matrix, 2) / c
-    if name == "Sign":
-        return np.abs(matrix).max() * (n if options.get("normalized", True) else 1)
-    if name == "ColNorm":
-        scale = np.sqrt(d_out) / (n if options.get("normalized", False) else 1)
-        return np.linalg.norm(matrix, axis=0).max() / scale
-    if name == "RowNorm":
-        scale = 1 / np.sqrt(n) if options.get("normalized", True) else 1.0
-        return np.linalg.norm(matrix, axis=1).max() / scale
-    if name == "BiasRMS":
-        return np.sqrt(np.mean(matrix**2))
-    if name == "Euclidean":
-        return np.linalg.norm(matrix)
-    raise KeyError(name)
+class Ball(NamedTuple):
+    """The unit ball of a norm, for one matrix.
+
+    Attributes:
+        lmo: The maximizer over the ball of size 1.
+        norm: Whose size is 1.
+        scale: The size, of `(d_out, d_in, k)` and the norm's options.
+    """
+
+    lmo: Callable[[np.ndarray], np.ndarray]
+    norm: Callable[[np.ndarray], float]
+    scale: Callable[..., float]
 
 
-def resolve_auto(name, shape, layout):
-    if name != "Auto":
-        return name
-    return "BiasRMS" if len([c for c in layout if c != "b"]) <= 1 or not shape else "Spectral"
+_spectral = Ball(polar, lambda m: np.linalg.norm(m, 2), spectral_scale)
+BALLS = {
+    "Spectral": _spectral,
+    "SpectralConv": _spectral,
+    "Sign": Ball(
+        np.sign,
+        lambda m: np.abs(m).max(),
+        lambda o, i, k, normalized=True: 1 / (i * k) if normalized else 1.0,
+    ),
+    "ColNorm": Ball(
+        functools.partial(sphere, axis=0),
+        lambda m: np.linalg.norm(m, axis=0).max(),
+        lambda o, i, k, normalized=False: np.sqrt(o) / (i * k if normalized else 1),
+    ),
+    "RowNorm": Ball(
+        functools.partial(sphere, axis=1),
+        lambda m: np.linalg.norm(m, axis=1).max(),
+        lambda o, i, k, normalized=True: 1 / np.sqrt(i * k) if normalized else 1.0,
+    ),
+    "BiasRMS": Ball(sphere, np.linalg.norm, lambda o, i, k: np.sqrt(o * i * k)),
+    "Euclidean": Ball(sphere, np.linalg.norm, lambda o, i, k: 1.0),
+}
+
+
+def _read(name, array, layout, options):
+    """Finds the ball, its size, and the matrices."""
+    if name == "Auto":
+        name = "BiasRMS" if len(layout.replace("b", "")) <= 1 or not array.shape else "Spectral"
+    ball = BALLS[name]
+    return ball, ball.scale(*fan(array.shape, layout), **options), to_matrices(array, layout)
 
 
 def lmo(name, array, layout, radius=1.0, **options):
     """`radius · argmax_{‖x‖≤1} ⟨d, x⟩` of a whole array."""
-    array = np.asarray(array, np.float64)
-    name = resolve_auto(name, array.shape, layout)
-    parts = to_matrices(array, layout)
-    sizes = fan(array.shape, layout)
-    units = {b: radius * unit_lmo(name, m, *sizes, options) for b, m in parts.items()}
-    return from_matrices(units, layout, array.shape)
+    ball, scale, matrices = _read(name, np.asarray(array, np.float64), layout, options)
+    units = {b: radius * scale * ball.lmo(m) for b, m in matrices.items()}
+    return from_matrices(units, layout, np.shape(array))
 
 
 def gauge(name, array, layout, radius=1.0, **options):
     """`‖x‖ / radius`, the maximum over the matrices."""
-    array = np.asarray(array, np.float64)
-    name = resolve_auto(name, array.shape, layout)
-    sizes = fan(array.shape, layout)
-    parts = to_matrices(array, layout).values()
-    return max(unit_norm(name, m, *sizes, options) for m in parts) / radius
+    ball, scale, matrices = _read(name, np.asarray(array, np.float64), layout, options)
+    return max(ball.norm(m) for m in matrices.values()) / scale / radius
 
 
 def dual_norm(name, array, layout, radius=1.0, **options):
     """`radius · ‖d‖_*`: what the maximizer attains, summed over the matrices."""
-    return float(
-        np.sum(np.asarray(array, np.float64) * lmo(name, array, layout, radius, **options))
-    )
+    maximizer = lmo(name, array, layout, radius, **options)
+    return float(np.sum(np.asarray(array, np.float64) * maximizer))

@@ -1,0 +1,64 @@
+"""Constrained Scion stays in its balls, by the default orthogonalizer, whatever the gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import scion_jax
+from scion_jax import NewtonSchulz, init_params, scion
+
+# name: (norm, radius, options, shape)
+LEAVES = {
+    "wide": ("Spectral", 50.0, {}, (8, 32)),
+    "tall": ("Spectral", 3.0, {}, (32, 8)),
+    "square": ("Spectral", 1.0, {"max": True}, (16, 16)),
+    "thin": ("Spectral", 2.0, {}, (1, 12)),
+    "conv": ("SpectralConv", 8.0, {}, (3, 3, 4, 8)),
+    "stack": ("Spectral", 50.0, {"layout": "bio"}, (3, 8, 8)),
+    "embedding": ("ColNorm", 1.0, {}, (20, 8)),
+    "head": ("Sign", 3000.0, {}, (8, 20)),
+    "gate": ("RowNorm", 2.0, {}, (8, 4)),
+    "bias": ("BiasRMS", 5.0, {}, (16,)),
+    "rest": ("Euclidean", 0.1, {}, (5, 5)),
+}
+
+
+def gradient(key, shape):
+    """Gaussian, or of low rank, or aligned with the last one: what gradients can be like."""
+    one, two, three = jax.random.split(key, 3)
+    dense = jax.random.normal(one, shape)
+    rank_one = jax.random.normal(two, (*shape[:-1], 1)) * jnp.ones(shape[-1:])
+    kind = jax.random.randint(three, (), 0, 3)
+    return jnp.select([kind == 0, kind == 1], [dense, rank_one], jnp.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "excess"),
+    [pytest.param("float32", 1e-3, marks=pytest.mark.slow), ("bfloat16", 1e-2)],
+)
+def test_a_thousand_steps_stay_in_the_ball(compute_dtype, excess):
+    method, table = NewtonSchulz(compute_dtype=compute_dtype), {}
+    for name, (kind, radius, options, _) in LEAVES.items():
+        more = {"orthogonalizer": method} if kind.startswith("Spectral") else {}
+        table[name] = getattr(scion_jax, kind)(radius, **options, **more)
+    labels = {name: name for name in LEAVES}
+    optimizer = scion(0.3, table, labels, momentum=0.5)
+    shapes = {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, (*_, shape) in LEAVES.items()}
+
+    @jax.jit
+    def run(key):
+        def step(carry, key):
+            params, state = carry
+            keys = dict(zip(LEAVES, jax.random.split(key, len(LEAVES)), strict=True))
+            gradients = {name: gradient(keys[name], shapes[name].shape) for name in LEAVES}
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), {name: table[name].gauge(params[name]) for name in LEAVES}
+
+        params = init_params(key, shapes, table, labels)
+        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 1000))[1]
+
+    for name, gauges in run(jax.random.key(0)).items():
+        assert 0.5 <= float(np.max(gauges)) <= 1 + excess, name  # the ball is used

@@ -1,0 +1,188 @@
+"""How the iteration is organized: groups of steps, shifts, and what CPUs want otherwise."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scion_jax import NewtonSchulz, Spectral, gauge_bounds, orthogonalize
+from scion_jax.polar import cpu
+from scion_jax.polar.coefficients import resolve
+from scion_jax.polar.newton_schulz import Products, groups, newton_schulz
+from tests.support.norms import gaussian
+
+FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+every_dtype = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+
+
+def iterate(products):
+    return lambda x: newton_schulz(x, resolve("minimax", None), 4, products)
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def lowered(function, x, platform="cpu"):
+    return jax.jit(function).trace(x).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "steps", "expected"),
+    [
+        (64, FLOAT32, 4, [1, 1, 1, 1]),  # square: the Gram matrix is no smaller
+        (96, FLOAT32, 4, [1, 1, 1, 1]),
+        (256, FLOAT32, 4, [4]),
+        (256, FLOAT32, 9, [4, 4, 1]),
+        (64, BFLOAT16, 4, [1, 1, 1, 1]),
+        (256, BFLOAT16, 4, [2, 1, 1]),  # a group at the end would lift singular values
+        (256, BFLOAT16, 2, [2]),
+        (256, BFLOAT16, 1, [1]),
+    ],
+)
+def test_groups(columns, dtype, steps, expected):
+    assert groups(64, columns, steps, dtype) == expected
+
+
+@every_dtype
+@pytest.mark.parametrize("sizes", [(2, 16, 24), (2, 16, 64), (1, 768, 800)])
+def test_cpus_compute_the_same(dtype, sizes):
+    """Their blocks of symmetric products too, which start at 384 rows."""
+    x = gaussian(sizes, dtype=np.float32)
+    plain = jax.jit(iterate(Products(dtype)))(x)
+    theirs = jax.jit(iterate(cpu.CpuProducts(dtype)))(x)
+    tolerance = 2e-5 if dtype == FLOAT32 else 2e-2
+    np.testing.assert_allclose(theirs, plain, atol=tolerance, equal_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "halves"), [(768, [384, 192]), (384, [192]), (382, []), (387, []), (774, [387])]
+)
+def test_where_symmetric_products_are_divided(rows, halves):
+    """In two equal parts, down to 192 rows; so they take fewer operations."""
+    products, symmetric = cpu.CpuProducts(FLOAT32), shape(3, rows, rows)
+    for jaxpr in (
+        jax.make_jaxpr(products.gram)(shape(3, rows, 8)),
+        jax.make_jaxpr(products.commuting)(symmetric, symmetric),
+    ):
+        plain = re.findall(r"f32\[\d+,(\d+),\d+\] = dot_general", str(jaxpr))
+        assert list(map(int, plain)) == [*halves, halves[-1] if halves else rows]
+    if rows == 768:
+        work = [
+            jax.jit(p.gram).lower(shape(1, rows, 64)).compile().cost_analysis()["flops"]
+            for p in (products, Products(FLOAT32))
+        ]
+        assert work[0] < 0.7 * work[1]
+
+
+def test_dtypes_of_products():
+    bfloat16 = lowered(Products(BFLOAT16).gram, shape(1, 4, 6))
+    assert "-> tensor<1x4x4xf32>" in bfloat16  # sums are not rounded
+    assert "HIGHEST" in lowered(Products(FLOAT32).gram, shape(1, 4, 6))
+
+
+@pytest.mark.parametrize(("dtype", "additions"), [(FLOAT32, 0), (BFLOAT16, 3)])
+def test_shifts_of_zero_take_no_time(dtype, additions):
+    """In float32 nothing is added to a wide matrix; only products, and divisions by norms."""
+    text = str(jax.make_jaxpr(iterate(Products(dtype)))(shape(2, 8, 32)))
+    assert text.count("f32[2,8,32] = add") == additions
+
+
+@pytest.mark.parametrize("sizes", [(8, 48, 48), (8, 9, 40)])
+def test_shifts_spare_bfloat16_most_of_its_rounding(sizes):
+    """Without any, or with others, singular values rise to 1.002 and more."""
+    result = jax.jit(iterate(Products(BFLOAT16)))(gaussian(sizes, dtype=np.float32))
+    assert np.linalg.norm(result, 2, axis=(1, 2)).max() <= 1.0013
+
+
+def test_choices_are_made_late(x64):
+    """Neither steps nor norm of one set survive in another."""
+    method = dataclasses.replace(NewtonSchulz(), coefficients="quintic")
+    assert method == NewtonSchulz("quintic")
+    x = gaussian((5, 8))
+    sigma = np.linalg.svd(x, compute_uv=False) / np.linalg.norm(x)
+    for _ in range(5):
+        sigma = 3.4445 * sigma - 4.775 * sigma**3 + 2.0315 * sigma**5
+    result = np.linalg.svd(orthogonalize(jnp.asarray(x), method), compute_uv=False)
+    np.testing.assert_allclose(np.sort(result), np.sort(sigma), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("compute", "given", "expected"),
+    [
+        (None, jnp.float32, jnp.bfloat16),
+        (None, jnp.float16, jnp.bfloat16),
+        (None, jnp.float64, jnp.float64),
+        (jnp.float32, jnp.float32, jnp.float32),
+        (jnp.float32, jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32, jnp.float32),  # float16 would overflow
+        (jnp.bfloat16, jnp.float64, jnp.float64),
+    ],
+)
+def test_communication_dtype(x64, compute, given, expected):
+    assert NewtonSchulz(compute_dtype=compute).communication_dtype(given) == expected
+
+
+def test_processors(tmp_path, monkeypatch):
+    look, described = cpu._flags.__wrapped__, tmp_path / "cpuinfo"
+    assert not look(described)  # no such file, as on other systems
+    described.write_text("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 sse\n")
+    assert "avx512_bf16" in look(described)
+    for fast in (True, False):
+        monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda fast=fast: fast)
+        assert cpu.default_dtype(BFLOAT16) == (BFLOAT16 if fast else FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("compute", "fast", "expected"),
+    [(None, False, "f32"), (None, True, "bf16"), (BFLOAT16, False, "bf16")],
+)
+def test_cpus_that_are_slow_in_bfloat16_take_float32_unless_told(
+    compute, fast, expected, monkeypatch
+):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: fast)
+    method = NewtonSchulz("quintic", 3, compute_dtype=compute)  # that nothing has traced yet
+    text = lowered(lambda x: orthogonalize(x, method), shape(3 + fast, 5))
+    factors = re.findall(r"dot_general.*\(tensor<[\dx]*(b?f\d+)>, tensor<[\dx]*(b?f\d+)>\)", text)
+    assert set(factors) == {(expected, expected)}
+
+
+def test_each_platform_gets_its_own():
+    """Chosen when lowered: nothing of the CPU's is in a TPU's program."""
+    x = shape(5, 256, 1024)
+    cpus, tpus = (lowered(orthogonalize, x, platform) for platform in ("cpu", "tpu"))
+    assert "stablehlo.while" in cpus
+    assert "stablehlo.while" not in tpus
+    assert tpus.count("stablehlo.dot_general") == 7 + 3 + 3  # of a pair of steps, and of two
+    # In float32 a loop around the steps after the first, where they are groups of one.
+    method = NewtonSchulz(compute_dtype=jnp.float32)
+    text = lowered(lambda x: orthogonalize(x, method), shape(2, 32, 32), "tpu")
+    assert text.count("stablehlo.while") == 1
+
+
+@pytest.mark.parametrize(("platform", "chunk", "whole"), [("cpu", 2, 16), ("tpu", 256, 1024)])
+@pytest.mark.parametrize("bounds", [False, True])
+def test_sizes_of_chunks(platform, chunk, whole, bounds):
+    """2 MiB and 256 MiB, here of matrices of 1 MiB."""
+    method, norm = NewtonSchulz(compute_dtype=jnp.float32), Spectral(layout="boi")
+    function = (lambda x: gauge_bounds(x, norm)) if bounds else lambda x: orthogonalize(x, method)
+    for count in (chunk, whole):
+        text = lowered(function, shape(count, 128, 2048), platform)
+        assert set(re.findall(r"dot_general.*-> tensor<(\d+)x", text)) == {str(chunk)}
+
+
+@pytest.mark.parametrize("sizes", [(96, 32), (64, 64), (3, 32, 96)])
+def test_transposed_arguments_in_bfloat16(sizes):
+    """XLA for CPUs must not fold a transpose into a product that it has no kernel for."""
+    method = NewtonSchulz(compute_dtype=jnp.bfloat16)
+    x = jnp.asarray(gaussian(sizes), jnp.float32)
+    expected = orthogonalize(x, method)
+    for transposed in (
+        lambda x: orthogonalize(x.mT, method).mT,
+        lambda x: orthogonalize(jnp.tanh(x.mT / 100), method).mT,
+    ):
+        result = jax.jit(transposed)(x)
+        np.testing.assert_allclose(result, expected, atol=0.02, equal_nan=False)

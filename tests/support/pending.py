@@ -1,0 +1,3 @@
+"""What does not work yet: patterns of test names, with the issue that settles them."""
+
+PENDING: dict[str, str] = {}
