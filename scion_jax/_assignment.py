@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 
-from scion_jax.labels import check_no_count, leaf_path, nearest, without_collection
+from scion_jax._labels import check_no_count
+from scion_jax._paths import leaf_path, nearest, without_collection
 from scion_jax.norms import Norm, Spectral
 
 
@@ -119,7 +120,7 @@ class Assignment:
         import optax.contrib  # of which nothing else here has need
 
         def numbers(entry: Entry) -> optax.contrib.MuonDimensionNumbers | None:
-            norm = entry.norm.resolve(len(entry.shape))
+            norm = entry.norm
             letters = re.sub(r"\[.*?\]", "", norm.read(entry.shape, f"leaf '{entry.path}'").text)
             inputs = tuple(axis for axis, letter in enumerate(letters) if letter in "is")
             outputs = tuple(axis for axis, letter in enumerate(letters) if letter == "o")

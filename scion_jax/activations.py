@@ -12,7 +12,7 @@ import math
 
 import jax
 
-from scion_jax.numerics import SUPPORTED
+from scion_jax._checks import FLOATING
 
 
 def scaled_relu(x: jax.Array) -> jax.Array:
@@ -71,5 +71,5 @@ def scaled_relu_squared(x: jax.Array) -> jax.Array:
 
 
 def _check(x: jax.Array) -> None:
-    if str(getattr(x, "dtype", None)) not in SUPPORTED:
+    if str(getattr(x, "dtype", None)) not in FLOATING:
         raise TypeError(f"x is an array of a floating dtype; got {x!r}")

@@ -12,12 +12,9 @@ from typing import Any, NamedTuple
 import jax
 
 from scion_jax._assignment import Assignment
-from scion_jax.hyperparameters import check_flag
-from scion_jax.norms import Auto
-from scion_jax.norms.axes import Axes
-from scion_jax.norms.leaves import Leaf
-from scion_jax.numerics import is_number
-from scion_jax.resolution import Norms, labelled_norms, resolve, unused
+from scion_jax._leaves import Norms, labelled_norms, read_leaves, unused
+from scion_jax._numerics import is_number
+from scion_jax.norms import Auto, Axes, Leaf
 
 _HEADER = (
     *("path", "shape", "label", "norm", "layout", "d_in → d_out", "radius", "step RMS"),
@@ -112,8 +109,7 @@ def describe(
         bias    (64,)            BiasRMS   o       64            1       1
         kernel  (16, 64)         Spectral  io      16 → 64       2       0.5
     """
-    check_flag("fold", fold)
-    leaves = resolve(params, norms, param_labels)
+    leaves = read_leaves(params, norms, param_labels)
     labels = [label for label, _ in labelled_norms(params, norms, param_labels)]
     rows = [_row(leaf, label) for leaf, label in zip(leaves, labels, strict=True)]
     idle = []

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from scion_jax import numerics
-from scion_jax.distributed.spreading import check_names
-from scion_jax.labels import leaf_path
-from scion_jax.norms import Auto
-from scion_jax.norms import leaves as norm_leaves
-from scion_jax.norms.leaves import Leaf
-from scion_jax.resolution import Norms, resolve
-from scion_jax.trees import check_alike
+from scion_jax import _numerics as numerics
+from scion_jax import norms as norm_balls
+from scion_jax._checks import check_alike
+from scion_jax._leaves import Norms, read_leaves
+from scion_jax._paths import leaf_path
+from scion_jax.distributed import check_shard_over
+from scion_jax.norms import Auto, Leaf
 
 
 class DualNorm(NamedTuple):
@@ -56,7 +55,7 @@ def gauges(params: Any, norms: Norms = Auto(), param_labels: Any = None) -> Any:
         >>> gauges({"w": 3 * jnp.eye(2)}, scion_jax.Spectral(radius=2.0))
         {'w': Array(1.5, dtype=float32)}
     """
-    leaves = resolve(params, norms, param_labels)
+    leaves = read_leaves(params, norms, param_labels)
     return _for_each(leaves, params, lambda leaf, x: leaf.norm.gauge(x))
 
 
@@ -83,7 +82,7 @@ def dual_norm(grads: Any, norms: Norms = Auto(), param_labels: Any = None) -> Du
         >>> dual_norm({"b": jnp.array([3.0, 4.0])}, scion_jax.Euclidean(radius=2.0)).total
         Array(10., dtype=float32)
     """
-    leaves = resolve(grads, norms, param_labels)
+    leaves = read_leaves(grads, norms, param_labels)
     dual_norms = _for_each(leaves, grads, lambda leaf, d: leaf.norm.dual_norm(d))
     return DualNorm(dual_norms, _total(dual_norms))
 
@@ -140,7 +139,7 @@ def gauge_bounds(
         params: Parameters.
         norms: As given to the optimizer.
         param_labels: As given to the optimizer.
-        shard_over: Over which devices matrices are spread; see `scion_jax.distributed.spreading`.
+        shard_over: Over which devices matrices are spread; see `scion_jax.distributed`.
 
     Returns:
         Scalars by path, float32 or float64.
@@ -153,9 +152,10 @@ def gauge_bounds(
         >>> gauge_bounds({"head": {"kernel": jnp.ones((4, 2))}}, scion_jax.Sign(radius=8.0))
         {'head/kernel': Array(0.5, dtype=float32)}
     """
-    leaves = resolve(params, norms, param_labels)
-    bounds = norm_leaves.gauge_bounds(leaves, jax.tree.leaves(params), check_names(shard_over))
-    return {leaf.path: bound for leaf, bound in zip(leaves, bounds, strict=True)}
+    leaves = read_leaves(params, norms, param_labels)
+    names = check_shard_over(shard_over)
+    bounds = norm_balls.gauge_bounds(leaves, jax.tree.leaves(params), names)
+    return _by_path([leaf.path for leaf in leaves], bounds)
 
 
 def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
@@ -168,7 +168,8 @@ def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
     `pairing` of the state, which clipped optimizers compare with ρ.
 
     Args:
-        state: State of an optimizer that was built with `show_pairing=True`.
+        state: State of a clipped optimizer that was built with `per_leaf=True`; with `rho=0.0` it
+            is the optimizer without clipping.
         params: The parameters, or their shapes: all that the optimizer has.
 
     Returns:
@@ -180,8 +181,8 @@ def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
     Example:
         >>> import jax.numpy as jnp, scion_jax
         >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones([])}
-        >>> optimizer = scion_jax.unconstrained_scion(
-        ...     0.1, scion_jax.Euclidean(), momentum=1.0, show_pairing=True)
+        >>> optimizer = scion_jax.unconstrained_clipped_scion(
+        ...     0.1, scion_jax.Euclidean(), rho=0.0, momentum=1.0, per_leaf=True)
         >>> _, state = optimizer.update(params, optimizer.init(params), params)
         >>> pairings(state, params)
         {'b': Array(1., dtype=float32), 'w': Array(5., dtype=float32)}
@@ -190,7 +191,7 @@ def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
     if len(found) != 1:
         raise ValueError(
             f"the state has {len(found)} fields `pairings`; it must be that of one optimizer that "
-            "was built with show_pairing=True"
+            "was built with per_leaf=True"
         )
     numbers = jnp.asarray(found[0][1])
     paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -199,6 +200,13 @@ def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
             f"the state keeps the pairings of {numbers.size} leaves, but these parameters have "
             f"{len(paths)}"
         )
+    return _by_path(paths, list(numbers))
+
+
+def _by_path(paths: Sequence[str], numbers: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"two leaves have the path '{twice}'; rename a key that holds a slash")
     return dict(zip(paths, numbers, strict=True))
 
 

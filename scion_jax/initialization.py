@@ -10,12 +10,11 @@ import jax.core
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scion_jax.distributed import sharding
-from scion_jax.hyperparameters import check_key
-from scion_jax.labels import kind_of_vector
-from scion_jax.norms import Auto, Norm
-from scion_jax.norms.leaves import Leaf
-from scion_jax.resolution import Norms, resolve, warn_of_unused
+from scion_jax import _sharding as sharding
+from scion_jax._checks import warn
+from scion_jax._leaves import Norms, read_leaves, unused
+from scion_jax._paths import kind_of_vector
+from scion_jax.norms import Auto, Leaf, Norm
 
 
 def init_params(
@@ -43,7 +42,7 @@ def init_params(
         with it.
 
     Raises:
-        TypeError: If a leaf is not floating, or `key` is no key.
+        TypeError: If a leaf is not floating.
         ValueError: If a leaf does not fit its norm's layout, norms and labels do not belong
             together, or the start of a vector is not known; the message names the leaves.
 
@@ -56,9 +55,9 @@ def init_params(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Sec. 3 (initialization).
     """
-    check_key(key)
-    leaves = resolve(params, norms, param_labels)
-    warn_of_unused(params, norms, param_labels)
+    leaves = read_leaves(params, norms, param_labels)
+    for sentence in unused(params, norms, param_labels):
+        warn(sentence)
     arrays, structure = jax.tree.flatten(params)
     unknown = [
         repr(leaf.path)

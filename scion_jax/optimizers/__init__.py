@@ -6,9 +6,9 @@ learning rate times the radius, never the size of the gradient: hence no Adam fo
 warm-up, and a learning rate that carries over to wider models.
 """
 
-from scion_jax.optimizers.averaged_lmo import almond as almond
-from scion_jax.optimizers.basic import scion as scion
-from scion_jax.optimizers.basic import unconstrained_scion as unconstrained_scion
-from scion_jax.optimizers.clipped import clipped_scion as clipped_scion
-from scion_jax.optimizers.clipped import unconstrained_clipped_scion as unconstrained_clipped_scion
-from scion_jax.optimizers.light import scion_light as scion_light
+from scion_jax.optimizers._almond import almond as almond
+from scion_jax.optimizers._clipped import clipped_scion as clipped_scion
+from scion_jax.optimizers._clipped import unconstrained_clipped_scion as unconstrained_clipped_scion
+from scion_jax.optimizers._light import scion_light as scion_light
+from scion_jax.optimizers._scion import scion as scion
+from scion_jax.optimizers._scion import unconstrained_scion as unconstrained_scion

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scion_jax._assignment import Assignment, Entry
-from scion_jax.hyperparameters import level_of_the_caller
-from scion_jax.labels import nearest, without_collection
-from scion_jax.norms import BiasRMS, ColNorm, Norm, Sign, Spectral
-from scion_jax.norms.layout import candidates
+from scion_jax._checks import warn
+from scion_jax._paths import nearest, without_collection
+from scion_jax.norms import BiasRMS, ColNorm, Norm, Sign, Spectral, possible_layouts
 from scion_jax.reading._roles import Role, read_roles
 
 _SWAPPED = str.maketrans("io", "oi")
@@ -112,11 +110,9 @@ def infer_norms(
             "of the parameters:\n  " + "\n  ".join(problems)
         )
     if idle := [role.path for role in roles if role.kind == "unused" and role.path not in found]:
-        warnings.warn(
+        warn(
             f"no gradient reaches {', '.join(map(repr, idle))}: leave them out of the parameters, "
-            "or pass what they depend on as an argument",
-            UserWarning,
-            stacklevel=level_of_the_caller(),
+            "or pass what they depend on as an argument"
         )
     return Assignment(tuple(entries))
 
@@ -211,5 +207,5 @@ def _what_to_write(role: Role) -> str:
     path = re.escape(without_collection(role.path))
     return (
         f"'{role.path}' of shape {role.shape}: {role.problem}{used}; "
-        f"{candidates(role.shape)}, as in rules={{'^{path}$': Spectral(layout='…')}}"
+        f"{possible_layouts(len(role.shape))}, as in rules={{'^{path}$': Spectral(layout='…')}}"
     )

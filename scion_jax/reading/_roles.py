@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import source_info_util
 
-from scion_jax.labels import leaf_path
+from scion_jax._paths import leaf_path
 from scion_jax.reading._control_flow import Reader
 from scion_jax.reading._live import differentiable
 from scion_jax.reading._primitives import RULES
@@ -26,7 +26,7 @@ class Role(NamedTuple):
         shape: Its shape.
         kind: `"matrix"`, `"embedding"`, `"tied"` (looked up and multiplied with), `"vector"`,
             `"unused"` (no gradient reaches it) or `"unknown"`.
-        layout: Its layout; see `scion_jax.norms.layout`. Empty for the last two kinds.
+        layout: Its layout; see `scion_jax.Norm`. Empty for the last two kinds.
         first: Whether it takes the inputs, with no product before.
         last: Whether its result reaches the outputs, with no product after.
         used_at: Where it is used, such as `"dot_general model.py:41"`.

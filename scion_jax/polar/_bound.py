@@ -1,0 +1,51 @@
+"""A cheap upper bound on the spectral norm, from matrix products alone.
+
+The short step divides by the squared norm of its direction. An SVD would give it exactly, at
+several times the cost of the whole LMO and with no batching on accelerators; power iteration is
+cheap but comes from below, and a norm that is too small makes a step that is too long. Powers of
+the Gram matrix come from above:
+
+    σ_max ≤ (Σ_j σ_j^(2p))^(1/2p) = ‖(X Xᵀ)^(p/2)‖_F^(1/p) ≤ n^(1/2p) σ_max
+
+With p = 128 the bound is at most 2.6 % high for 768 rows and 3.0 % for 2,048 (when all singular
+values are equal; closer for any other spectrum). Nothing is random, so nothing has to be stored.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from scion_jax import _numerics as numerics
+from scion_jax.polar._cpu import by_platform
+from scion_jax.polar._products import Products
+
+_SQUARINGS = 6
+
+
+@jax.jit
+def spectral_norm_bound(x: jax.Array) -> jax.Array:
+    """Bounds the largest singular value of each matrix from above.
+
+    Args:
+        x: Shape `(batch, rows, columns)`, not empty, float32 or float64.
+
+    Returns:
+        Shape `(batch, 1, 1)`: between `σ_max` and `n^(1/256) σ_max` for the smaller side `n`, up to
+        rounding. Zero for zero.
+    """
+    # Products in the dtype of `x`: a bound that rounding makes low is none.
+    return by_platform(_bound, x, x.dtype, x.dtype)
+
+
+def _bound(x: jax.Array, products: Products) -> jax.Array:
+    bound = numerics.vector_norm(x, (1, 2))
+    # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range. The powers of the
+    # divisors multiply up to the norm sought: each counts half as much as the one before it.
+    gram = products.gram(x / numerics.nonzero(bound))
+    for k in range(_SQUARINGS + 1):
+        scale = numerics.vector_norm(gram, (1, 2))
+        bound = bound * numerics.power(scale, 1 / 2 ** (k + 1))
+        if k < _SQUARINGS:
+            gram = gram / numerics.nonzero(scale)
+            gram = products.commuting(gram, gram)
+    return bound

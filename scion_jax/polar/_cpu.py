@@ -1,0 +1,128 @@
+"""What only XLA's backend for CPUs wants; `jax.lax.platform_dependent` chooses it when lowering.
+
+- Chunks of 2 MiB, which stay in a core's cache.
+- float32 where the processor has no instructions for bfloat16, unless bfloat16 was asked for.
+- Symmetric products with fewer multiplications, in float32. Of `C = A Bᵀ = Cᵀ` only the blocks on
+  and above the diagonal are computed. XLA has no kernel for that, so blocks are multiplied:
+
+      C = [ C₁₁   C₁₂ ]      C₁₂ one plain product, half as large each way
+          [ C₁₂ᵀ  C₂₂ ]      C₁₁ and C₂₂ symmetric again, computed as a batch of two
+
+  In bfloat16 products are so fast that putting blocks together takes as long as the saved ones.
+- Wide matrices: tall ones are transposed before and after.
+- No transpose that XLA could fold into a bfloat16 product: it has no kernel for that, and computes
+  in float32, which takes twice as long, or fails when run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from scion_jax._numerics import hidden
+from scion_jax.polar._products import Products, in_chunks, is_tall
+
+_SMALLEST_BLOCK = 192  # rows; smaller blocks keep a core less busy
+_DESCRIPTION = Path("/proc/cpuinfo")
+
+
+def by_platform(
+    function: Callable[[jax.Array, Products], jax.Array],
+    matrices: jax.Array,
+    dtype: jnp.dtype,
+    cpu_dtype: jnp.dtype,
+) -> jax.Array:
+    """Applies a function with the products that the platform is best at, in chunks.
+
+    Args:
+        function: Maps `(batch, rows, columns)` to the same shape or to `(batch, 1, 1)`, each matrix
+            on its own; it treats `Xᵀ` as it does `X`.
+        matrices: The matrices.
+        dtype: Dtype of the factors of products.
+        cpu_dtype: That on CPUs.
+
+    Returns:
+        The results.
+    """
+
+    def run(matrices: jax.Array, products: Products) -> jax.Array:
+        return in_chunks(lambda x: function(x, products), matrices, products.chunk_bytes)
+
+    def on_cpu(matrices: jax.Array) -> jax.Array:
+        products, tall = CpuProducts(cpu_dtype), is_tall(matrices)
+        result = run(products.prepare(matrices.mT if tall else matrices), products)
+        return result.mT if tall else result
+
+    return jax.lax.platform_dependent(
+        matrices, cpu=on_cpu, default=lambda matrices: run(matrices, Products(dtype))
+    )
+
+
+def multiplies_bfloat16() -> bool:
+    """Tells whether products of bfloat16 matrices are faster than those of float32 ones.
+
+    JAX does not say which instructions a CPU has; Linux does, and on other systems the answer is
+    no.
+    """
+    return "avx512_bf16" in _flags(_DESCRIPTION)
+
+
+@functools.cache
+def _flags(description: Path) -> frozenset[str]:
+    try:
+        lines = description.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
+    return frozenset(next(flags, "").split())
+
+
+def default_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Replaces bfloat16 where it is slow: the compute dtype if none was asked for."""
+    slow = dtype == jnp.bfloat16 and not multiplies_bfloat16()
+    return jnp.dtype(jnp.float32) if slow else dtype
+
+
+class CpuProducts(Products):
+    """Products of wide matrices as XLA's backend for CPUs computes them best."""
+
+    chunk_bytes: ClassVar[int] = 2**21
+
+    def prepare(self, x: jax.Array) -> jax.Array:
+        """Hides from the compiler that a matrix may be a transpose, which it would fold."""
+        return hidden(x) if self.dtype == jnp.bfloat16 else x
+
+    def gram(self, x: jax.Array) -> jax.Array:
+        """Computes `x xᵀ`."""
+        return self._symmetric(x, x)
+
+    def commuting(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Computes `x y` for symmetric matrices that commute."""
+        if self._splits(x.shape[1]):
+            return self._symmetric(x, y)
+        return self.times(x, y)  # no transpose: twice as fast for a batch
+
+    def _splits(self, rows: int) -> bool:
+        return self.dtype != jnp.bfloat16 and rows % 2 == 0 and rows // 2 >= _SMALLEST_BLOCK
+
+    def _symmetric(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Computes `x yᵀ`, which must be symmetric."""
+        batch, rows, inner = x.shape
+        if self.dtype == jnp.bfloat16:
+            # XLA does not look for a transpose to fold behind a second batch axis.
+            return self.times(x[:, None], y[:, None].mT)[:, 0]
+        if not self._splits(rows):
+            return self.times(x, y.mT)
+        half = rows // 2
+        upper = self.times(x[:, :half], y[:, half:].mT)
+        halves = (2 * batch, half, inner)
+        diagonal = self._symmetric(x.reshape(halves), y.reshape(halves))
+        diagonal = diagonal.reshape(batch, 2, half, half)
+        first = jnp.concatenate([diagonal[:, 0], upper], axis=2)
+        second = jnp.concatenate([upper.mT, diagonal[:, 1]], axis=2)
+        return jnp.concatenate([first, second], axis=1)
