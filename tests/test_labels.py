@@ -20,8 +20,8 @@ from scion_jax import (
     scion,
     unconstrained_scion,
 )
-from scion_jax.labels import leaf_path, nearest
-from scion_jax.resolution import resolve as read_leaves
+from scion_jax._leaves import read_leaves
+from scion_jax._paths import leaf_path, nearest
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.unoptimized
 
 X = np.random.default_rng(0).normal(size=(50, 6, 6))
 Y = np.arange(50) % 3
-IMAGES, LABELS = np.zeros((50, 12, 12), np.uint8), (np.arange(50) % 4).astype(np.uint8)
+IMAGES = np.random.default_rng(0).integers(256, size=(50, 12, 12), dtype=np.uint8)
+LABELS = (np.arange(50) % 4).astype(np.uint8)
 GOOD = {
     finetune: {"x": X, "y": Y},
     mlp: {"x": np.array([[0.0, 1.0]] * 8), "y": np.array([0, 1] * 4)},

@@ -22,7 +22,6 @@ from scion_jax import (
     scion,
     unconstrained_clipped_scion,
     unconstrained_scion,
-    vanishing_momentum,
 )
 
 pytestmark = pytest.mark.unoptimized
@@ -74,18 +73,11 @@ def at_boundary(seed):
 # Norm bounds.
 
 
-def gauges_along(optimizer, start, steps=60):
-    """The product norm before every step, on gradients that never vanish but turn."""
-    noise = gaussian(1, leading=(steps,))
-    seen = run(
-        optimizer,
-        start,
-        lambda x: x,
-        lambda x, *_: product_norm(x),
-        steps,
-        jax.tree.map(lambda n: 3 * n, noise),
-    )
-    return np.asarray(seen)
+def gauges_along(optimizer, start, steps=60, turns=True):
+    """The product norm before every step, on gradients that never vanish but turn, or do not."""
+    noise = jax.tree.map(lambda n: 3 * n, gaussian(1, leading=(steps,))) if turns else None
+    slope = (lambda x: x) if turns else lambda _: jax.tree.map(jnp.negative, gaussian(0))
+    return np.asarray(run(optimizer, start, slope, lambda x, *_: product_norm(x), steps, noise))
 
 
 def test_scion_stays_in_its_ball(x64):
@@ -106,13 +98,7 @@ def test_unconstrained_scion_grows_by_its_steps(x64):
     start = at_boundary(0)
     optimizer = unconstrained_scion(rates, *PRODUCT)
     assert (gauges_along(optimizer, start, steps) <= bound * (1 + 1e-12)).all()
-    outward = run(
-        optimizer,
-        start,
-        lambda _: jax.tree.map(jnp.negative, gaussian(0)),
-        lambda x, *_: product_norm(x),
-        steps,
-    )
+    outward = gauges_along(optimizer, start, steps, turns=False)
     np.testing.assert_allclose(outward, bound, rtol=1e-9)
 
 
@@ -123,13 +109,7 @@ def test_weight_decay_bounds_the_norm(x64, start):
     optimizer = unconstrained_scion(0.3, *PRODUCT, weight_decay=mu)
     first = jax.tree.map(lambda x: start * x, at_boundary(0))
     assert gauges_along(optimizer, first).max() <= max(start, 1 / mu) * (1 + 1e-12)
-    outward = run(
-        optimizer,
-        first,
-        lambda _: jax.tree.map(jnp.negative, gaussian(0)),
-        lambda x, *_: product_norm(x),
-        steps,
-    )
+    outward = gauges_along(optimizer, first, steps, turns=False)
     # The recursion of a gradient that never turns: ‖x_k‖ − 1/μ shrinks by 1 − γμ per step.
     exact = 1 / mu + (start - 1 / mu) * (1 - 0.3 * mu) ** np.arange(steps)
     np.testing.assert_allclose(outward, exact, rtol=1e-9)
@@ -171,13 +151,12 @@ VECTOR = {"x": np.array([[0.8, -0.5, 0.3, 1.2]])}
 
 def smooth_problem(kind):
     """Returns (norms, labels), f, a start, and the dual norms of the pieces."""
+    slopes = {name: jnp.asarray(a, float) for name, a in VECTOR.items()}
     if kind == "euclidean":
-        slopes = {name: jnp.asarray(a, float) for name, a in VECTOR.items()}
         start = jax.tree.map(lambda a: 5 * a, slopes)
         norm = Euclidean(radius=2.0)
         return (norm,), cosh_of_leaves(slopes), start, [norm.dual_norm(slopes["x"])]
     if kind == "sign":  # the max norm is a product norm of its entries
-        slopes = {name: jnp.asarray(a, float) for name, a in VECTOR.items()}
         start = {"x": jnp.array([[6.0, 9.0, -20.0, 3.0]])}
         norm = Sign(radius=0.5, normalized=False)
         return (norm,), cosh_of_entries(slopes), start, 0.5 * np.abs(VECTOR["x"]).ravel()
@@ -246,10 +225,11 @@ def smoothness(linear):
     return largest**2
 
 
+variants = pytest.mark.parametrize("short_step", [True, False], ids=["variant 1", "variant 2"])
 CURVES = {"convex": lambda t: t * t / 2, "not convex": lambda t: 1 - jnp.cos(t)}
 
 
-@pytest.mark.parametrize("short_step", [True, False], ids=["variant 1", "variant 2"])
+@variants
 @pytest.mark.parametrize(
     ("curve", "largest_step"), [("convex", 1.0), ("not convex", 1.0), ("convex", 0.1)]
 )
@@ -374,7 +354,7 @@ def test_the_gap_vanishes_with_vanishing_steps(x64, kind):
 
 
 @pytest.mark.parametrize("kind", BALLS)
-@pytest.mark.parametrize("short_step", [True, False], ids=["variant 1", "variant 2"])
+@variants
 def test_the_gap_vanishes_with_constant_parameters(x64, kind, short_step):
     """[C] Thm. 4.7: ClippedScion converges without a schedule, where constant Scion does not."""
     steps, rate = 1500, 0.5
@@ -421,7 +401,7 @@ def test_vanishing_momentum_averages_the_noise_away(x64):
         start = {"x": jnp.zeros((1, size))}
         return map(np.asarray, run(optimizer, start, jax.grad(f), observe, steps, noise))
 
-    value, error = values(vanishing_momentum())
+    value, error = values(lambda count: (jnp.asarray(count, float) + 1) ** -0.5)
     plain, noisy = values(1.0)
     level = deviation * math.sqrt(size)  # of the noise: E ‖noise‖² = level²
     assert abs(noisy[-500:].mean() - level) < 0.1 * level
@@ -438,12 +418,11 @@ def test_vanishing_momentum_averages_the_noise_away(x64):
 # Parameters outside their balls.
 
 
-@pytest.mark.parametrize("short_step", [True, False], ids=["variant 1", "variant 2"])
-def test_no_step_climbs_from_outside_the_ball(x64, short_step):
-    """`clip_by_pairing`: leaf by leaf `⟨d_l, update_l⟩ ≤ 0`; far-out leaves come back all the same.
+@variants
+def test_leaves_come_back_from_outside_the_ball(x64, short_step):
+    """Gradients turn at random, and half of the time the pull towards zero climbs, and counts.
 
-    Gradients turn at random, and half of the time the pull towards zero would climb. (If the
-    gradient never turns, a leaf comes no closer than its part along it.)
+    (If the gradient never turns, a leaf comes no closer than its part along it.)
     """
     steps, outside = 300, ("embedding", "hidden")
     start = {name: (20.0 if name in outside else 0.5) * x for name, x in at_boundary(9).items()}
@@ -451,19 +430,15 @@ def test_no_step_climbs_from_outside_the_ball(x64, short_step):
 
     def observe(x, slope, updates, state):
         noisy = optax.tree.get(state, "average")
-        along = jax.tree.map(lambda d, u: jnp.sum(d * u), noisy, updates)
-        scale = jax.tree.map(lambda d, u: jnp.linalg.norm(d) * jnp.linalg.norm(u), noisy, updates)
         pull = jax.tree.map(lambda d, x: jnp.sum(d * x), noisy, x)
-        length = jax.tree.map(jnp.linalg.norm, updates)
-        return along, scale, pull, length, gauges(x, *PRODUCT)
+        return pull, jax.tree.map(jnp.linalg.norm, updates), gauges(x, *PRODUCT)
 
     noise = gaussian(10, leading=(steps,))
-    along, scale, pull, length, size = jax.tree.map(
+    pull, length, size = jax.tree.map(
         np.asarray,
         run(optimizer, start, lambda x: jax.tree.map(jnp.zeros_like, x), observe, steps, noise),
     )
     for name in SHAPES:
-        assert (along[name] <= 1e-12 * (1 + scale[name])).all(), name
         assert length[name].min() > 1e-3, name  # nothing stalls
         assert size[name][-1] <= (1.1 if name in outside else 1 + 1e-12), name
     for name in outside:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from scion_jax import infer_norms
-from scion_jax.norms.layout import parse_layout
+from scion_jax.norms._layout import parse_layout
 from scion_jax.reading import read_roles
 
 ORDINARY = ("first", "hidden", "vectors", "matrix", "vector")

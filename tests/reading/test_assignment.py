@@ -27,7 +27,7 @@ from scion_jax import (
     scion,
 )
 from scion_jax._assignment import Entry
-from scion_jax.labels import leaf_path
+from scion_jax._paths import leaf_path
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
