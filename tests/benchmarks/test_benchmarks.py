@@ -6,13 +6,11 @@ import re
 import sys
 from types import SimpleNamespace
 
-import pytest
-
-pytest.importorskip("flax")
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from benchmarks import (
     block_trees,
@@ -32,34 +30,40 @@ TINY = ("--width", "32", "--layers", "1", "--sequence", "16")
 SMALL = dataclasses.replace(memory.MEASURED, width=32, layers=1, sequence=16)
 
 
-def buffer_bytes(tree):
-    return block_trees.array_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.ndim])
+def read_records(path):
+    """Reads records and checks their fields and ratios."""
+    found = json.loads(path.read_text())
+    for line in found:
+        assert set(line) == FIELDS
+        if line["ratio"] is not None and min(line["ours"], line["peer"]) > 0.1:  # all are rounded
+            assert line["ratio"] == pytest.approx(line["ours"] / line["peer"], rel=2e-3)
+    return found
 
 
-@pytest.mark.parametrize(
-    ("name", "plain", "accumulated"),
-    [
-        ("adamw", 2, 3),
-        ("scion", 1, 2),
-        ("scion, bfloat16", 0.5, 1.5),
-        ("scion_light", 1, 1),
-        ("scion_light, bfloat16", 0.5, 0.5),
-    ],
-)
-def test_optimizer_state_is_a_number_of_buffers(name, plain, accumulated):
-    for microbatches, buffers in ((1, plain), (4, accumulated)):
-        _, state = memory.make_step(SMALL, name, microbatches)
-        expected = buffers * buffer_bytes(state.params)
-        assert buffer_bytes(state.optimizer) == expected
-        assert block_trees.array_bytes(state.optimizer) <= expected + 32  # counts
+# Memory.
 
 
-def test_muon_holds_a_second_buffer_for_what_adam_trains():
-    _, state = memory.make_step(SMALL, "muon", 1)
+def test_optimizer_state_is_a_number_of_buffers():
+    def buffer_bytes(tree):
+        return block_trees.array_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.ndim])
+
+    buffers = {
+        "adamw": (2, 3),
+        "scion": (1, 2),
+        "scion, bfloat16": (0.5, 1.5),
+        "scion_light": (1, 1),
+        "scion_light, bfloat16": (0.5, 0.5),
+    }
+    for name, (plain, accumulated) in buffers.items():
+        for microbatches, count in ((1, plain), (4, accumulated)):
+            state = jax.eval_shape(lambda n=name, m=microbatches: memory.make_step(SMALL, n, m)[1])
+            expected = count * buffer_bytes(state.params)
+            assert buffer_bytes(state.optimizer) == expected
+            assert block_trees.array_bytes(state.optimizer) <= expected + 32  # counts
+    _, state = memory.make_step(SMALL, "muon", 1)  # has two for what its Adam trains
     params = state.params
     expected = buffer_bytes(params) + buffer_bytes([params["embedding"], params["head"]])
-    coefficients = 12  # of the Newton–Schulz polynomial
-    assert buffer_bytes(state.optimizer) == expected + coefficients
+    assert buffer_bytes(state.optimizer) == expected + 12  # the polynomial's coefficients
 
 
 def test_donated_step_needs_no_second_copy_of_its_state():
@@ -67,30 +71,6 @@ def test_donated_step_needs_no_second_copy_of_its_state():
     tokens = 4 * SMALL.batch * (SMALL.sequence + 1)
     overhead = usage.step - usage.temporaries - usage.params - usage.state - tokens
     assert 0 <= overhead < 200  # the loss, and the addresses of results
-
-
-def test_table_and_records_compare_like_with_like():
-    usages = {
-        (name, microbatches): memory.Usage(2**20, size * 2**20, 2**20, (size + 2) * 2**20)
-        for microbatches in (1, 4)
-        for size, name in enumerate(memory.CASES, start=microbatches)
-    }
-    assert "| `scion_light`, bfloat16 | 4 | 1.0 | 9.0 | 1.0 | 11.0 | 1.38 |" in memory.table(usages)
-    assert {
-        "benchmark": "memory: whole step",
-        "case": "scion_light, 4 microbatches",
-        "ours": 10.0,
-        "peer": 6.0,
-        "peer_name": "adamw",
-        "ratio": 1.6667,
-        "unit": "MiB",
-    } in memory.records(usages)
-
-
-def test_growth_of_temporaries_is_in_sizes_of_a_layers_updates():
-    layer = 12 * 8 * 8 * 4  # bytes
-    temporaries = {layers: 100 + 3 * layer * layers for layers in (2, 4, 8)}
-    assert memory.growth(temporaries, 8) == pytest.approx(3)
 
 
 def test_temporaries_are_those_of_the_update():
@@ -103,30 +83,35 @@ def test_temporaries_are_those_of_the_update():
     assert memory.update_temporaries(optax.identity(), 16, (1,))[1] < 1000
     temporaries = memory.update_temporaries(two_products, 16, (1,))[1]
     assert temporaries >= 4 * (64 * 64)  # of the largest square at least
+    layer = 12 * 8 * 8 * 4  # bytes, in which growth is told
+    grown = {layers: 100 + 3 * layer * layers for layers in (2, 4, 8)}
+    assert memory.growth(grown, 8) == pytest.approx(3)
 
 
 def test_memory_reports_both_tables(tmp_path, monkeypatch, capsys):
-    usage = memory.Usage(2**20, 2**20, 2**20, 3 * 2**20)
-    monkeypatch.setattr(memory, "measure", lambda settings, name, microbatches: usage)
+    usages = {
+        (name, microbatches): memory.Usage(2**20, size * 2**20, 2**20, (size + 2) * 2**20)
+        for microbatches in (1, 4)
+        for size, name in enumerate(memory.CASES, start=microbatches)
+    }
+    monkeypatch.setattr(memory, "measure", lambda settings, name, batches: usages[name, batches])
     monkeypatch.setattr(memory, "UPDATE_WIDTH", 8)
     monkeypatch.setattr(memory, "UPDATE_DEPTHS", (1, 2))
     with jax.numpy_dtype_promotion("standard"):  # Optax's own, in muon
         memory.main(["--json", str(tmp_path / "memory.json")])
     printed = capsys.readouterr().out
-    assert "| `scion_light`, bfloat16 | 4 |" in printed
+    assert "| `scion_light`, bfloat16 | 4 | 1.0 | 9.0 | 1.0 | 11.0 | 1.38 |" in printed
     assert "| `optax.contrib.muon` |" in printed
-    benchmarks = {line["benchmark"] for line in read_records(tmp_path / "memory.json")}
-    assert len(benchmarks) == 4
+    found = read_records(tmp_path / "memory.json")
+    assert len({line["benchmark"] for line in found}) == 4
+    (light,) = [line for line in found if line["case"] == "scion_light, 4 microbatches"
+        and line["benchmark"] == "memory: whole step"]  # fmt: skip
+    assert [light[name] for name in ("ours", "peer", "peer_name", "ratio", "unit")] == [
+        *(10.0, 6.0, "adamw", 1.6667, "MiB")
+    ]
 
 
-def read_records(path):
-    """Reads records and checks their fields and ratios."""
-    found = json.loads(path.read_text())
-    for line in found:
-        assert set(line) == FIELDS
-        if line["ratio"] is not None and min(line["ours"], line["peer"]) > 0.1:  # all are rounded
-            assert line["ratio"] == pytest.approx(line["ours"] / line["peer"], rel=2e-3)
-    return found
+# What the benchmarks share.
 
 
 def test_each_call_has_its_turn_in_every_round():
@@ -143,31 +128,23 @@ def test_each_call_has_its_turn_in_every_round():
 def test_first_call_is_not_timed(monkeypatch):
     made = []
     times = reporting.alternating_times({"a": lambda: made.append(0)}, 3)
-    assert len(made) == 4
-    assert len(times["a"]) == 3
+    assert (len(made), len(times["a"])) == (4, 3)
     clock = iter([10.0, 12.5])
     monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
     assert reporting.seconds(lambda: jnp.ones(1)) == 2.5
 
 
-def test_ratio_is_ours_to_the_peers():
+def test_reports(capsys):
     line = reporting.record("time", "case", 1.0, "peer", 4.0, "ms")
     assert set(line) == FIELDS
-    assert line["ratio"] == 0.25
+    assert line["ratio"] == 0.25  # ours to the peer's
     assert reporting.record("time", "case", 1.0, "peer", 0.0, "ms")["ratio"] is None
-
-
-def test_a_median_needs_three_rounds(capsys):
+    assert all(part in reporting.machine() for part in ("cores", "device cpu", jax.__version__))
     parser = reporting.make_parser("", rounds=7)
     assert parser.parse_args([]).rounds == 7
     with pytest.raises(SystemExit):
         parser.parse_args(["--rounds", "2"])
-    assert "at least 3" in capsys.readouterr().err
-
-
-def test_heading_names_the_machine():
-    line = reporting.machine()
-    assert all(part in line for part in ("cores", "device cpu", jax.__version__))
+    assert "at least 3" in capsys.readouterr().err  # a median needs three
 
 
 def test_block_tree_has_the_matrices_of_gpt2():
@@ -211,13 +188,9 @@ def test_update_call_is_the_update_after_the_first():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one, other)
 
 
-def test_product_is_of_all_square_matrices():
-    product = step_time.product_call(2, 8)()
-    assert product.shape == (8, 8, 8)
-    assert step_time.product_flops(2, 8) == 8 * (2 * 8**3)
-
-
 def test_share_is_necessary_work_by_time_and_product_rate():
+    assert step_time.product_call(2, 8)().shape == (8, 8, 8)  # of all square matrices
+    assert step_time.product_flops(2, 8) == 8 * (2 * 8**3)
     times = {name: [0.5, 0.25, 0.125] for name in (*step_time.OURS, *step_time.PEERS)}
     times[step_time.PRODUCT] = [1.0, 2.0, 4.0]
     work, rate, product_rate = step_time.rates(2, 8, times)
@@ -240,6 +213,8 @@ def test_step_time_compares_all_with_all_peers(tmp_path, capsys):
     assert printed.startswith(reporting.machine())
     assert "1 layers of width 8" in printed
 
+
+# Published code.
 
 PUBLISHED = """
 class Scion:
@@ -271,7 +246,7 @@ def test_published_code_gets_the_same_matrices_in_its_layout(tmp_path, monkeypat
             raise RuntimeError("no compiler")
         return function
 
-    stances = []
+    stances, module = [], SimpleNamespace()
     torch = SimpleNamespace(
         compile=torch_compile,
         compiler=SimpleNamespace(set_stance=stances.append),
@@ -284,16 +259,16 @@ def test_published_code_gets_the_same_matrices_in_its_layout(tmp_path, monkeypat
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(reference, "load", lambda path, dtype: module)
-    path = tmp_path / "scion.py"
-    path.write_text(PUBLISHED)
-    module = SimpleNamespace()
     exec(PUBLISHED, module.__dict__)
-    name, step = reference.reference_call(path, block_trees.block_shapes(1, 8), 1e-3)
+    name, step = reference.reference_call(tmp_path, block_trees.block_shapes(1, 8), 1e-3)
     step()
     assert name == f"PyTorch Scion, bfloat16, {mode}"
     assert stances == (["force_eager"] if mode == "eager" else [])
     expected = [leaf.shape[::-1] for leaf in jax.tree.leaves(block_trees.block_shapes(1, 8))]
     assert module.steps == [expected]
+
+
+# Time to compile.
 
 
 def test_every_compilation_starts_afresh():
@@ -346,6 +321,9 @@ def test_compile_time_reports(tmp_path, capsys, monkeypatch):
     assert "| `unconstrained_scion` | 2 / 1 |" in capsys.readouterr().out
 
 
+# Orthogonalization.
+
+
 def test_alignment_gauge_and_gain_of_a_known_factor():
     decomposition = np.eye(2), np.array([3.0, 1.0]), np.eye(2)
     assert orthogonalization.judge(np.eye(2), decomposition) == (1, 1, 1)
@@ -372,37 +350,26 @@ def test_synthetic_matrices_have_the_spectra_they_are_named_for():
 
 def test_methods_are_judged_as_they_are():
     matrices = orthogonalization.synthetic_cases(8, 2)["Gaussian, 8 × 32"]
-    peer, default = orthogonalization.PEER, NewtonSchulz()
-    every = orthogonalization.methods()
+    peer, every = orthogonalization.PEER, orthogonalization.methods()
     named = {name: every[name] for name in (orthogonalization.OURS, peer, orthogonalization.EXACT)}
-    qualities = orthogonalization.evaluate(matrices, named, 3)
-    exact = qualities[orthogonalization.EXACT]
+    overflowing = {"broken": NewtonSchulz([(1e30, 0.0, 0.0)] * 3)}
+    qualities = orthogonalization.evaluate(matrices, named | overflowing, 3)
+    exact, theirs = qualities[orthogonalization.EXACT], qualities[peer]
     assert (exact.alignment, exact.gauge, exact.gain) == pytest.approx((1, 1, 1), abs=1e-5)
     assert exact.megaflops is None
-    assert qualities[orthogonalization.OURS].megaflops == flops(default, 8, 32) / 1e6
-    assert qualities[peer].gauge > 1.05
-    assert orthogonalization.flags(qualities[peer], qualities[peer]) == "OUT"
-    assert orthogonalization.flags(exact, qualities[peer]) == ""
+    assert qualities[orthogonalization.OURS].megaflops == flops(NewtonSchulz(), 8, 32) / 1e6
+    assert theirs.gauge > 1.05
+    low = orthogonalization.Quality(0.8, 1.2, 0.9, 1.0, 1.0, True)
+    good = orthogonalization.Quality(0.9, 1.0, 0.9, 1.0, 1.0, True)
+    flagged = {"OUT": theirs, "": exact, "NAN": qualities["broken"]}
+    assert all(orthogonalization.flags(one, theirs) == flag for flag, one in flagged.items())
+    assert orthogonalization.flags(low, good) == "LOW OUT"
     assert "| – |" in orthogonalization.table(qualities)
     assert every[peer] == NewtonSchulz("quintic", 5, jnp.bfloat16)
-
-
-def test_methods_cover_dtypes_and_steps():
-    every = orthogonalization.methods()
+    assert every[orthogonalization.EXACT] == ExactPolar()
     assert len(set(every.values())) == len(every)
     for dtype in ("float32", "bfloat16", "float16"):
         assert sum(name.endswith(dtype) for name in every) >= 4
-    assert every[orthogonalization.EXACT] == ExactPolar()
-
-
-def test_a_result_that_is_not_finite_is_flagged():
-    overflowing = {"broken": NewtonSchulz([(1e30, 0.0, 0.0)] * 3)}
-    matrices = orthogonalization.synthetic_cases(4, 1)["Gaussian, 4 × 4"]
-    broken = orthogonalization.evaluate(matrices, overflowing, 3)["broken"]
-    good = orthogonalization.Quality(0.9, 1.0, 0.9, 1.0, 1.0, True)
-    assert orthogonalization.flags(broken, good) == "NAN"
-    low = orthogonalization.Quality(0.8, 1.2, 0.9, 1.0, 1.0, True)
-    assert orthogonalization.flags(low, good) == "LOW OUT"
 
 
 def test_momentum_matrices_are_saved_and_judged(tmp_path, capsys, monkeypatch):

@@ -58,9 +58,11 @@ def test_a_run_is_made_once_and_kept(tmp_path, landscape):
     assert "JAX" in kept["machine"]
     assert kept["commit"]
     assert not list(path.parent.glob("*.tmp"))
+    assert Outcome([1.0, math.nan], [], 0.0).loss == math.inf  # a diverged run loses
 
 
-def test_tuning_tries_the_whole_grid_and_seeds_at_its_best(tmp_path, landscape):
+def test_tuning(tmp_path, landscape):
+    """It tries the whole grid, and seeds at its best; a walk ends where both sides are worse."""
     setting = dataclasses.replace(TINY, contestant="muon")
     tuned = records.tune(records.Records(tmp_path / "runs.json"), setting)
     assert list(tuned.grid) == CONTESTANTS["muon"].grid()
@@ -69,24 +71,15 @@ def test_tuning_tries_the_whole_grid_and_seeds_at_its_best(tmp_path, landscape):
     assert tuned.losses == pytest.approx([1.25, 1.251, 1.252])
     assert tuned.summary() == ["2^-5", "1.2510 ± 0.0010"]
     assert len(landscape) == GRID_STEPS + 2
-
-
-@pytest.mark.parametrize("around", [2**-9, 2**-5, 2**-3])
-def test_a_walk_ends_where_both_neighbours_are_worse(tmp_path, landscape, around):
-    tuned = records.tune(records.Records(tmp_path / "runs.json"), TINY, 1, around)
-    assert tuned.best.learning_rate == 2**-5
-    assert {2**-6, 2**-4} <= tuned.grid.keys()
-    assert set(tuned.grid) <= {2.0**exponent for exponent in range(-10, 0)}
-
-
-def test_an_end_of_the_grid_is_said(tmp_path, landscape):
+    for exponent in (-9, -5, -3):
+        path = tmp_path / f"{exponent}.json"
+        tuned = records.tune(records.Records(path), TINY, 1, 2.0**exponent)
+        assert tuned.best.learning_rate == 2**-5
+        assert {2**-6, 2**-4} <= tuned.grid.keys()
+        assert set(tuned.grid) <= {2.0**exponent for exponent in range(-10, 0)}
     setting = dataclasses.replace(TINY, contestant="adamw")  # its grid ends at 2^-5
     tuned = records.tune(records.Records(tmp_path / "runs.json"), setting, 1)
     assert tuned.summary()[0] == "2^-5 (an end of the grid)"
-
-
-def test_a_diverged_run_loses():
-    assert Outcome([1.0, math.nan], [], 0.0).loss == math.inf
 
 
 def outcomes(losses):
@@ -116,34 +109,25 @@ def test_steps_on_a_curve_are_read_off(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("main", "flags", "pictures", "printed"),
+    ("experiment", "flags", "pictures", "printed"),
     [
-        (transfer.main, ["--sizes", "64", "512"], ["runs.png"], "moves by a factor of 2^+0"),
-        (transfer.main, ["--depth"], ["depth.png"], "| muon | 16 | 2^-5 | 1.0"),
-        (steps_to_loss.main, [], ["runs.png"], "steps to adamw's loss"),
-        (batch_size.main, [], ["runs.png"], "| muon | 512 |"),
-        (output_layers.main, [], ["runs.png"], "| RowNorm | 512 | 2^-5 |"),
-        (precision.main, [], ["runs.png"], "| SVD, float32 | 2^-5 |"),
-        (
-            clipping.main,
-            [],
-            ["runs_scion.png", "runs_unconstrained_scion.png"],
-            "| unconstrained_clipped_scion | 8 | 2^-5 |",
-        ),
-        (
-            clipping_digits.main,
-            ["--optimizers", "scion"],
-            ["runs_scion.png"],
-            "| clipped_scion | 4 | 2^-5 |",
-        ),
+        (transfer, "--sizes 64 512", "runs", "moves by a factor of 2^+0"),
+        (transfer, "--depth", "depth", "| muon | 16 | 2^-5 | 1.0"),
+        (steps_to_loss, "", "runs", "steps to adamw's loss"),
+        (batch_size, "", "runs", "| muon | 512 |"),
+        (output_layers, "", "runs", "| RowNorm | 512 | 2^-5 |"),
+        (precision, "", "runs", "| SVD, float32 | 2^-5 |"),
+        (clipping, "", "runs_scion runs_unconstrained_scion",
+            "| unconstrained_clipped_scion | 8 | 2^-5 |"),
+        (clipping_digits, "--optimizers scion", "runs_scion", "| clipped_scion | 4 | 2^-5 |"),
     ],
-)
+)  # fmt: skip
 def test_an_experiment_prints_a_table_and_draws(
-    tmp_path, landscape, capsys, main, flags, pictures, printed
+    tmp_path, landscape, capsys, experiment, flags, pictures, printed
 ):
-    main(["--out", str(tmp_path / "runs.json"), *flags])
-    for picture in pictures:
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    experiment.main(["--out", str(tmp_path / "runs.json"), *flags.split()])
+    for picture in pictures.split():
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert printed in capsys.readouterr().out
 
 
