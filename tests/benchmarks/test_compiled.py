@@ -11,7 +11,7 @@ from benchmarks import hlo
 
 pytestmark = pytest.mark.fast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 LOOP = """HloModule m
 

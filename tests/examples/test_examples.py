@@ -306,10 +306,11 @@ def test_a_full_disk_leaves_the_base_that_was_there(tmp_path):
 
 def test_sharded_moves_to_another_mesh(capsys, monkeypatch):
     monkeypatch.setattr(sharded, "STEPS", 10)
+    monkeypatch.setattr(sharded, "LAYERS", 2)
     sharded.main([])
     *described, last = capsys.readouterr().out.splitlines()
     # Per layer 128 × 128 + 128 numbers, and 128 × 16 + 16 of the head; the state also counts.
-    size = 4 * (4 * 16512 + 2064)
+    size = 4 * (2 * 16512 + 2064)
     for parts, line in zip((8, 4), described, strict=True):
         held = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", line)]
         assert held == [size // parts]

@@ -18,7 +18,7 @@ from scion_jax import clipped_scion, describe
 
 pytestmark = pytest.mark.unoptimized
 
-PAGES = Path(__file__).parents[1] / "docs" / "pages"
+PAGES = Path(__file__).parents[2] / "docs" / "pages"
 PATHS = {path.relative_to(PAGES).as_posix(): path for path in sorted(PAGES.rglob("*.md"))}
 # A block of code, below the package it needs where the tests have not got that, and what it
 # prints if a block of text follows at once.

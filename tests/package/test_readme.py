@@ -12,7 +12,7 @@ import scion_jax
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_flax_example():
