@@ -69,21 +69,46 @@ def read(function, params, *inputs, **options):
     return table
 
 
-# Programs of which a text says what its parameters are and how large: "w: io 5 7, q: bo | oo 3 7".
+# Programs of which a text says what their inputs and parameters are; see `test_programs`.
+
+INPUTS = {
+    "ROWS": shape(6, 5),
+    "SEQUENCE": shape(2, 9, 8),
+    "WIDE": shape(2, 5, 32),
+    "IMAGES": shape(2, 8, 8, 4),
+    "TOKENS": shape(2, 9, dtype=jnp.int32),
+    "LABELS": shape(6, dtype=jnp.int32),
+    "KEY": jax.eval_shape(lambda: jax.random.key(0)),
+}
 
 
 def spelled(text, dtype=jnp.float32):
-    """Parameters, and which readings are right for each of them."""
-    parts = [re.fullmatch(r"(\w+): (.*?)((?: \d+)*)", part) for part in text.split(", ")]
-    arrays = {p[1]: shape(*map(int, p[3].split()), dtype=dtype) for p in parts}
-    return arrays, {p[1]: p[2].split(" | ") for p in parts}
+    """Inputs, parameters, and which readings are right for each of these, by name."""
+    inputs, params, right = {}, {}, {}
+    for name, reading, sizes in re.findall(r"(\w+): (.*?)((?: ?\b\d+)*)(?:, |$)", text):
+        array = shape(*map(int, sizes.split()), dtype=dtype)
+        if reading in INPUTS or not reading:
+            inputs[name] = INPUTS.get(reading, array)
+        else:
+            params[name], right[name] = array, reading.split("/")
+    return inputs or {"x": INPUTS["ROWS"]}, params, right
 
 
-def disagreements(inputs, text, function, *others):
+def programs(table, names):
+    """Reads a table of programs, which may use names: text and function by name."""
+    found = {}
+    for row in re.split(r"\n(?! )", table.strip()):
+        if not row.startswith("#"):
+            name, text, program = (" ".join(part.split()) for part in row.split(" |", 2))
+            inputs, params, _ = spelled(text)
+            found[name] = text, eval(f"lambda {', '.join(inputs | params)}: {program}", names)
+    return found
+
+
+def disagreements(text, function, *others):
     """Reads a program; returns what is read as something else than is right."""
-    arrays, right = spelled(text)
-    inputs = inputs if isinstance(inputs, list) else [inputs]
-    roles = roles_of(lambda p, *xs: squares(function(*xs, **p)), arrays, *inputs)
+    inputs, params, right = spelled(text)
+    roles = roles_of(lambda params, xs: squares(function(**xs, **params)), params, inputs)
     found = {name: in_letters(role.kind, role.layout) for name, role in roles.items()}
     return {name: text for name, text in found.items() if text not in [*right[name], *others]}
 
