@@ -22,14 +22,15 @@ TEST_JOBS ?= auto
 python := $(VENV)/bin/python
 
 # install GROUPS: the library, editable, with some of pyproject.toml's dependency groups, which pip
-# knows from 25.1 on.
+# knows from 25.1 on. Not compiled beforehand, which takes longer than all the rest: Python compiles
+# what is imported.
 define install
 	@echo "Installing scion_jax with $(1) into $(VENV) (the first time takes a minute or two)"
 	@$(python) -m pip --version >/dev/null 2>&1 || $(python) -m ensurepip >/dev/null
 	@$(pip) "pip>=25.1"
 	@$(pip) --editable . $(addprefix --group ,$(1))
 endef
-pip := $(python) -m pip install --quiet --disable-pip-version-check
+pip := $(python) -m pip install --quiet --no-compile --disable-pip-version-check
 
 .PHONY: help demo test test-slow coverage mutants lint bench docs release-check clean
 .NOTPARALLEL:
@@ -98,7 +99,7 @@ bench: $(VENV)/.installed-examples
 
 # Leaves what can be uploaded in dist/.
 release-check: $(VENV)/.installed-release
-	@.ci/release-check $(python)
+	@.ci/release-check $(abspath $(python))
 
 # NO_MKDOCS_2_WARNING silences Material's advertisement of its successor.
 docs: $(VENV)/.installed-docs
@@ -114,7 +115,7 @@ $(python):
 
 # Stamps. A group that contains others settles these, too.
 # They say nothing once the interpreter is gone.
-stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled coverage mutation docs release)
+stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled coverage mutation docs release ci)
 ifneq ($(shell test -x $(python) && echo yes),yes)
 .PHONY: $(stamps)
 endif
@@ -151,6 +152,11 @@ $(VENV)/.installed-release: pyproject.toml | $(python)
 $(VENV)/.installed-dev: pyproject.toml | $(python)
 	$(call install,dev)
 	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
+
+# What .ci/run needs on the newest Python, at once.
+$(VENV)/.installed-ci: pyproject.toml | $(python)
+	$(call install,dev compiled)
+	@touch $(addprefix $(VENV)/.installed-,examples test dev compiled) $@
 
 clean:
 	@rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis

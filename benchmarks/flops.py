@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from scion_jax import NewtonSchulz
 
 try:
-    from scion_jax.polar._coefficients import resolve
+    from scion_jax.polar._coefficients import steps_of
     from scion_jax.polar._newton_schulz import groups
 except ImportError:  # until these modules are private
-    from scion_jax.polar.coefficients import resolve
+    from scion_jax.polar.coefficients import resolve as steps_of
     from scion_jax.polar.newton_schulz import groups
 
 
@@ -31,5 +31,5 @@ def flops(method: NewtonSchulz, rows: int, columns: int) -> int:
     """
     n, m = sorted((rows, columns))
     dtype = jnp.dtype(jnp.bfloat16 if method.compute_dtype is None else method.compute_dtype)
-    steps = len(resolve(method.coefficients, method.steps))
+    steps = len(steps_of(method.coefficients, method.steps))
     return sum(2 * n * n * (2 * m + (4 * k - 3) * n) for k in groups(n, m, steps, dtype))

@@ -15,6 +15,7 @@ import pytest
 from benchmarks import (
     block_trees,
     compile_time,
+    house,
     memory,
     momentum_matrices,
     orthogonalization,
@@ -399,3 +400,29 @@ def test_momentum_matrices_are_saved_and_judged(tmp_path, capsys, monkeypatch):
     orthogonalization.main(options)
     assert len(read_records(records)) == 2 * 3
     assert "momentum, 32 × 128, 2 matrices" in capsys.readouterr().out
+
+
+def test_code_and_what_of_it_only_refuses(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('''"""What it is."""
+
+def f(x):  # a comment
+    """Doubles."""
+    check_number(x)
+    if x < 0:
+        text = f"x is {x}"
+        raise ValueError(text)
+    return 2 * x
+''')
+    assert house.measure(path) == (6, 4)
+    assert house.measure(path.rename(tmp_path / "_checks.py")) == (6, 6)
+
+
+def test_imports_that_go_up_or_in_a_circle_are_told():
+    below = {"norms": {"polar", "_numerics"}, "polar": {"_numerics"}, "_numerics": set()}
+    assert house.faults(below) == []
+    assert house.faults(below | {"_numerics": {"norms"}})[:2] == [
+        "norms imports itself, by way of others",
+        "polar imports itself, by way of others",
+    ]
+    assert "polar imports norms, which is above it" in house.faults(below | {"polar": {"norms"}})
