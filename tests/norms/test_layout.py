@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scion_jax.norms.layout import parse_layout
 
 from scion_jax import SpectralConv
-from scion_jax.norms.layout import parse_layout
 from tests.support import naive
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]

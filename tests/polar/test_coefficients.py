@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from scion_jax.polar.coefficients import feasible, image, resolve, with_safety
 
 from scion_jax import NewtonSchulz
-from scion_jax.polar.coefficients import feasible, image, resolve, with_safety
 
 pytestmark = pytest.mark.fast
 

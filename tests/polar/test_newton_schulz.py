@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scion_jax.polar.coefficients import resolve
+from scion_jax.polar.newton_schulz import Products, groups, newton_schulz
 
 from scion_jax import NewtonSchulz, Spectral, gauge_bounds, orthogonalize
 from scion_jax.polar import cpu
-from scion_jax.polar.coefficients import resolve
-from scion_jax.polar.newton_schulz import Products, groups, newton_schulz
 from tests.support.norms import gaussian
 
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)

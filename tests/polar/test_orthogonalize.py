@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from scion_jax import ExactPolar, NewtonSchulz, Spectral, gauge_bounds, orthogonalize, scale_by_lmo
 from scion_jax.polar.coefficients import resolve
 from scion_jax.polar.orthogonalizers import Orthogonalizer
+
+from scion_jax import ExactPolar, NewtonSchulz, Spectral, gauge_bounds, orthogonalize, scale_by_lmo
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 3), (8, 8), (24, 6), (16, 64), (3, 10, 4), (0, 3, 4)]
 

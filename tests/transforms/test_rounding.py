@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from scion_jax.rounding import _power_of_two, store
 
 pytestmark = pytest.mark.fast
