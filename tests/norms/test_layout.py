@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scion_jax.norms.layout import parse_layout
 
 from scion_jax import SpectralConv
+from scion_jax.norms._layout import parse_layout
 from tests.support import naive
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
@@ -97,7 +97,7 @@ def test_parts_are_matrices_of_their_own(layout, shape, blocks):
     read = parse_layout(layout, shape)
     assert list(read.blocks) == [parse_layout(text, size).blocks[0] for text, size in blocks]
     array = jnp.arange(float(np.prod(shape))).reshape(shape)
-    pieces = read.split(array)
+    pieces = read.to_blocks(array)
     assert [piece.shape for piece in pieces] == [size for _, size in blocks]
-    np.testing.assert_array_equal(read.join(pieces), array)
+    np.testing.assert_array_equal(read.from_blocks(pieces), array)
     assert sorted(x for piece in pieces for x in piece.ravel().tolist()) == array.ravel().tolist()

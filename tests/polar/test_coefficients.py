@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scion_jax.polar.coefficients import feasible, image, resolve, with_safety
 
 from scion_jax import NewtonSchulz
+from scion_jax.polar._coefficients import feasible, image, steps_of, with_safety
 
 pytestmark = pytest.mark.fast
 
@@ -49,30 +49,30 @@ def greedy_minimax(lowest, steps, safety):
 @pytest.mark.parametrize("coefficients", ["minimax", "polar_express"])
 @pytest.mark.parametrize("steps", range(1, 10))
 def test_named_sets_are_feasible_at_any_number_of_steps(coefficients, steps):
-    values = compose(resolve(coefficients, steps))
+    values = compose(steps_of(coefficients, steps))
     assert 1 - 1e-4 <= values.max() <= 1 + 1e-12
     assert values.min() >= 0
 
 
 def test_default_is_feasible_and_high():
-    values = compose(resolve(NewtonSchulz().coefficients, NewtonSchulz().steps))
-    assert len(resolve("minimax", None)) == 4
+    values = compose(steps_of(NewtonSchulz().coefficients, NewtonSchulz().steps))
+    assert len(steps_of("minimax", None)) == 4
     assert values.max() <= 1 + 1e-12
     assert values[SIGMA >= 0.01].min() >= 0.969
-    assert compose(resolve("minimax", 8))[SIGMA >= 0.01].min() >= 1 - 1e-9  # more steps converge
+    assert compose(steps_of("minimax", 8))[SIGMA >= 0.01].min() >= 1 - 1e-9  # more steps converge
     # Rounding in bfloat16 can lift a normalized singular value to about 1.01.
-    assert compose(resolve("minimax", None), np.linspace(1, 1.015, 1001)).max() <= 1 + 1e-12
+    assert compose(steps_of("minimax", None), np.linspace(1, 1.015, 1001)).max() <= 1 + 1e-12
 
 
 def test_where_the_rows_come_from():
     expected = feasible(greedy_minimax(1e-2, 4, 1.02), 1 - 2**-15)
-    np.testing.assert_allclose(resolve("minimax", None), expected, rtol=1e-7)
+    np.testing.assert_allclose(steps_of("minimax", None), expected, rtol=1e-7)
     expected = feasible(with_safety(POLAR_EXPRESS, 1.01))
-    np.testing.assert_allclose(resolve("polar_express", None), expected)
+    np.testing.assert_allclose(steps_of("polar_express", None), expected)
     assert 1.1 < compose(POLAR_EXPRESS).max() < 1.15
-    assert resolve("quintic", None) == (QUINTIC,) * 5  # raw
-    assert resolve("quintic", 7) == (QUINTIC,) * 7
-    assert compose(resolve("quintic", 5)).max() == pytest.approx(1.202, abs=1e-3)
+    assert steps_of("quintic", None) == (QUINTIC,) * 5  # raw
+    assert steps_of("quintic", 7) == (QUINTIC,) * 7
+    assert compose(steps_of("quintic", 5)).max() == pytest.approx(1.202, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_image_of_any_interval(row, low, high):
 
 def test_a_given_sequence():
     rows = [(2.0, -1.0, 0.0), (1.5, -0.5, 0.0)]
-    assert resolve(rows, None) == tuple(rows)
-    assert resolve(rows, 1) == (rows[0],)
-    assert resolve(rows, 4) == (rows[0], rows[1], rows[1], rows[1])
+    assert steps_of(rows, None) == tuple(rows)
+    assert steps_of(rows, 1) == (rows[0],)
+    assert steps_of(rows, 4) == (rows[0], rows[1], rows[1], rows[1])
     assert NewtonSchulz(rows).steps is None
     assert hash(NewtonSchulz(rows)) == hash(NewtonSchulz(tuple(rows)))
     # Safety shrinks what every step but the last gets.

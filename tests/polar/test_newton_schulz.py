@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scion_jax.polar.coefficients import resolve
-from scion_jax.polar.newton_schulz import Products, groups, newton_schulz
 
 from scion_jax import NewtonSchulz, Spectral, gauge_bounds, orthogonalize
-from scion_jax.polar import cpu
+from scion_jax.polar import _cpu as cpu
+from scion_jax.polar._coefficients import steps_of
+from scion_jax.polar._newton_schulz import groups, newton_schulz
+from scion_jax.polar._products import Products
 from tests.support.norms import gaussian
 
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
@@ -19,7 +20,7 @@ every_dtype = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 
 
 def iterate(products):
-    return lambda x: newton_schulz(x, resolve("minimax", None), 4, products)
+    return lambda x: newton_schulz(x, steps_of("minimax", None), 4, products)
 
 
 def shape(*sizes):
@@ -122,8 +123,8 @@ def test_choices_are_made_late(x64):
         (jnp.bfloat16, jnp.float64, jnp.float64),
     ],
 )
-def test_communication_dtype(x64, compute, given, expected):
-    assert NewtonSchulz(compute_dtype=compute).communication_dtype(given) == expected
+def test_input_dtype(x64, compute, given, expected):
+    assert NewtonSchulz(compute_dtype=compute).input_dtype(given) == expected
 
 
 def test_processors(tmp_path, monkeypatch):

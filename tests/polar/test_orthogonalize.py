@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scion_jax.polar.coefficients import resolve
-from scion_jax.polar.orthogonalizers import Orthogonalizer
 
 from scion_jax import ExactPolar, NewtonSchulz, Spectral, gauge_bounds, orthogonalize, scale_by_lmo
+from scion_jax.polar import Orthogonalizer
+from scion_jax.polar._coefficients import steps_of
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 3), (8, 8), (24, 6), (16, 64), (3, 10, 4), (0, 3, 4)]
 
@@ -48,11 +48,11 @@ def test_shape_and_dtype_are_kept(shape, method):
     ("method", "rows", "schatten"),
     [
         # Defaults are written out: nothing here is read from the code under test.
-        (NewtonSchulz(), resolve("minimax", 4), 4),
-        (NewtonSchulz(steps=3), resolve("minimax", 3), 4),
+        (NewtonSchulz(), steps_of("minimax", 4), 4),
+        (NewtonSchulz(steps=3), steps_of("minimax", 3), 4),
         (NewtonSchulz("quintic"), [(3.4445, -4.7750, 2.0315)] * 5, 2),
-        (NewtonSchulz(schatten=2), resolve("minimax", 4), 2),
-        (NewtonSchulz("polar_express"), resolve("polar_express", 5), 4),
+        (NewtonSchulz(schatten=2), steps_of("minimax", 4), 2),
+        (NewtonSchulz("polar_express"), steps_of("polar_express", 5), 4),
         (NewtonSchulz("quintic", schatten=4), [(3.4445, -4.7750, 2.0315)] * 5, 4),
         (NewtonSchulz([(1.5, -0.5, 0.0)] * 4), [(1.5, -0.5, 0.0)] * 4, 2),
     ],
@@ -219,9 +219,10 @@ def test_one_call_per_shape_and_dtype():
     norm = Spectral(layout="boi", normalized=False, orthogonalizer=Recording())
     results = lmos_of(norm, batches)
     assert sorted(SEEN, key=str) == [
-        ((1, 2, 3), jnp.bfloat16),
+        ((1, 2, 3), jnp.float32),  # of bfloat16
         ((1, 4, 4), jnp.float32),
-        ((8, 2, 3), jnp.float32),
+        ((3, 2, 3), jnp.float32),
+        ((5, 3, 2), jnp.float32),
     ]
     for batch, result in zip(batches, results, strict=True):
         expected = np.sqrt(batch.shape[1]) * np.asarray(batch, np.float32)

@@ -116,10 +116,6 @@ _DTYPE = (
         *([("a", "f4")], lambda x: x, "V", scion_jax.Sign, np.array("float32"), {"names": 3}),
     ),
 )
-_TRANSFORMATION = (
-    one_of(scion_jax.scale_by_lmo(scion_jax.Auto()), optax.identity(), optax.adam(0.1)),
-    one_of(None, scion_jax.Auto(), "lmo", optax.adam, lambda updates: updates, {}, np.ones(2)),
-)
 ARGUMENTS = {
     "learning_rate": _SCHEDULE,
     "momentum": _SCHEDULE,
@@ -139,8 +135,8 @@ ARGUMENTS = {
     ),
     "steps": _WHOLE,
     "schatten": (one_of(None, 2, 4), one_of(3, "2", 2.5, True, np.ones(3), [2], INF)),
-    "inner": _TRANSFORMATION,
-    "squared_norm": (one_of(None, lambda w: jnp.ones([])), one_of(1.0, "norm", np.ones(2))),
+    "inner": (one_of(scion_jax.scale_by_lmo(scion_jax.Auto()), optax.adam(0.1)), st.nothing()),
+    "squared_norm": (one_of(None, lambda w: jnp.ones([])), st.nothing()),
     "norm": (st.sampled_from(NORMS).map(lambda kind: kind()), NO_NORMS),
     "rules": (
         one_of([], [("a", "b")], (("^a$", 1), ["", "x"]), [("a|b", ""), ("a", 2.5)]),

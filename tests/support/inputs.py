@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from flax import nnx
 from hypothesis import strategies as st
-from scion_jax.labels import leaf_path
 
 import scion_jax
 from scion_jax._assignment import Entry
+from scion_jax._paths import leaf_path
 from tests.support.arguments import ARRAYS, NO_NORMS, NO_PARAMETERS, layouts, norms, one_of, raising
 
 

@@ -5,7 +5,6 @@ To add an optimizer, add a row to `OPTIMIZERS`.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,8 +68,6 @@ OPTIMIZERS = {
     ),
     "almond": Case(almond, {"momentum": 0.3}, False),
 }
-if "per_leaf" not in inspect.signature(clipped_scion).parameters:
-    OPTIMIZERS["clipped_scion with short step"].options.pop("per_leaf")
 every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 NORMS = {"embedding": ColNorm(), "hidden": Spectral(3.0), "head": Sign(30.0), "bias": BiasRMS()}

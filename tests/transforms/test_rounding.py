@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scion_jax.rounding import _power_of_two, store
+
+from scion_jax.transforms._rounding import _power_of_two, store
 
 pytestmark = pytest.mark.fast
 
