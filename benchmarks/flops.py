@@ -6,13 +6,8 @@ The compiler's own count is of no use here: it counts the body of a loop once.
 import jax.numpy as jnp
 
 from scion_jax import NewtonSchulz
-
-try:
-    from scion_jax.polar._coefficients import steps_of
-    from scion_jax.polar._newton_schulz import groups
-except ImportError:  # until these modules are private
-    from scion_jax.polar.coefficients import resolve as steps_of
-    from scion_jax.polar.newton_schulz import groups
+from scion_jax.polar._coefficients import steps_of
+from scion_jax.polar._newton_schulz import groups
 
 
 def flops(method: NewtonSchulz, rows: int, columns: int) -> int:

@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / scion_jax.__name__
 CHECKS, CHECK = "_checks.py", re.compile(r"_?check(_\w+)?").fullmatch
 LAYERS = """
-    _numerics _sharding _checks
-    _paths _labels
+    _numerics _sharding _paths _checks
+    _labels
     polar
     distributed
     norms
