@@ -1,4 +1,4 @@
-"""The experiments: that they try, keep, judge and draw what they say."""
+"""The experiments, and all else that trains: that they try, keep, judge and draw what they say."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import momentum_matrices, orthogonalization
 from benchmarks.experiments import (
     batch_size,
     boundedness,
@@ -24,6 +25,9 @@ from benchmarks.experiments import (
 from benchmarks.experiments.optimizers import CONTESTANTS, GRID_STEPS, Contestant
 from benchmarks.experiments.text import TEXT
 from benchmarks.experiments.training import Outcome, Setting
+from scion_jax import ExactPolar
+
+pytestmark = pytest.mark.unoptimized
 
 TINY = Setting("scion", 2**-8, width=64, layers=1, batch=2, sequence=8, steps=4, evaluate_every=2)
 
@@ -178,3 +182,33 @@ def test_activations_are_measured(tmp_path, capsys):
     assert 0.5 < sizes["64"]["block 1, change"] / sizes["128"]["block 1, change"] < 2
     assert (tmp_path / "runs.png").is_file()
     assert "block 1, start" in capsys.readouterr().out
+
+
+def test_momentum_matrices_are_saved_and_judged(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "matrices" / "momentum.npz"
+    small = "--steps 2 --width 32 --layers 1 --sequence 16"
+    momentum_matrices.main([str(path), *small.split()])
+    with np.load(path) as saved:
+        matrices = dict(saved)
+    assert sorted(matrix.shape for matrix in matrices.values()) == [(32, 32)] * 4 + [
+        (32, 128),
+        (128, 32),
+    ]
+    assert all(matrix.dtype == np.float32 and matrix.any() for matrix in matrices.values())
+    assert "6 matrices after 2 steps" in capsys.readouterr().out
+    cases = orthogonalization.saved_cases(path)
+    assert {name: stack.shape for name, stack in cases.items()} == {
+        "momentum, 32 × 32, 4 matrices": (4, 32, 32),
+        "momentum, 32 × 128, 2 matrices": (2, 32, 128),
+    }
+
+    every = orthogonalization.methods()
+    few = {name: every[name] for name in (orthogonalization.OURS, orthogonalization.PEER)}
+    monkeypatch.setattr(orthogonalization, "methods", lambda: few | {"exact": ExactPolar()})
+    monkeypatch.setattr(orthogonalization, "synthetic_cases", lambda rows, count: {})
+    monkeypatch.setattr(orthogonalization, "EXACT_LIMIT", 16)
+    written = tmp_path / "orthogonalization.json"
+    options = ["--rounds", "3", "--matrices", str(path), "--json", str(written)]
+    orthogonalization.main(options)
+    assert len(json.loads(written.read_text())) == 2 * 3
+    assert "momentum, 32 × 128, 2 matrices" in capsys.readouterr().out
