@@ -12,20 +12,25 @@ DEMO_ARGS ?= --overwrite
 PYTEST_ARGS ?=
 # scion.py of the authors' PyTorch code, for make bench to compare with. PyTorch has to be in VENV.
 REFERENCE ?=
-# More arguments for .ci/mutants, for example: make mutants MUTANTS_ARGS="--sample 150"
-MUTANTS_ARGS ?=
+# The folder or module that make mutants changes, and pytest's arguments for each change: all tests
+# take minutes. make mutants MUTANTS=scion_jax/norms MUTANTS_TESTS="scion_jax/norms tests/test_norms.py"
+MUTANTS ?= scion_jax
+MUTANTS_TESTS ?=
 # Test processes. The default is one per core, and at most 8.
 TEST_JOBS ?= auto
 
 python := $(VENV)/bin/python
-comma := ,
 
-# install EXTRA: the library, editable, with one of pyproject.toml's extras.
+# install GROUPS: the library, editable, with some of pyproject.toml's dependency groups, which pip
+# knows from 25.1 on. Not compiled beforehand, which takes longer than all the rest: Python compiles
+# what is imported.
 define install
-	@echo "Installing scion_jax[$(1)] into $(VENV) (the first time takes a minute or two)"
+	@echo "Installing scion_jax with $(1) into $(VENV) (the first time takes a minute or two)"
 	@$(python) -m pip --version >/dev/null 2>&1 || $(python) -m ensurepip >/dev/null
-	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
+	@$(pip) "pip>=25.1"
+	@$(pip) --editable . $(addprefix --group ,$(1))
 endef
+pip := $(python) -m pip install --quiet --no-compile --disable-pip-version-check
 
 .PHONY: help demo test test-slow coverage mutants lint bench docs release-check clean
 .NOTPARALLEL:
@@ -58,8 +63,20 @@ coverage: $(VENV)/.installed-coverage
 	@COVERAGE_CORE=sysmon $(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 \
 		--cov --no-cov-on-fail $(PYTEST_ARGS)
 
+# Changes files where they are, so commit before. An interrupted run goes on: delete out/mutants to
+# start anew.
+session := out/mutants/$(subst /,-,$(MUTANTS)).sqlite
+mutants: export PATH := $(abspath $(VENV)/bin):$(PATH)
+mutants: export PYTEST_ADDOPTS := $(MUTANTS_TESTS)
+mutants: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/out/mutants/compiled
 mutants: $(VENV)/.installed-mutation
-	@$(python) .ci/mutants $(MUTANTS_ARGS)
+	@mkdir -p out/mutants
+	@sed 's|^module-path.*|module-path = "$(MUTANTS)"|' .ci/cosmic-ray.toml > out/mutants/settings.toml
+	@cosmic-ray --verbosity ERROR baseline out/mutants/settings.toml
+	@test -f $(session) || { cosmic-ray init out/mutants/settings.toml $(session) && \
+		cr-filter-operators $(session) out/mutants/settings.toml; }
+	@cosmic-ray exec out/mutants/settings.toml $(session)
+	@cr-report --surviving-only --show-diff $(session)
 
 lint: $(VENV)/.installed-dev
 	@echo "ruff check"
@@ -72,17 +89,17 @@ lint: $(VENV)/.installed-dev
 results := out/benchmarks
 
 bench: $(VENV)/.installed-examples
-	@$(python) benchmarks/step_time.py --json $(results)/step_time.json \
+	@$(python) -m benchmarks.step_time --json $(results)/step_time.json \
 		$(if $(REFERENCE),--reference "$(REFERENCE)")
-	@$(python) benchmarks/compile_time.py --json $(results)/compile_time.json
-	@$(python) benchmarks/memory.py --json $(results)/memory.json
-	@$(python) benchmarks/momentum_matrices.py $(results)/momentum.npz
-	@$(python) benchmarks/orthogonalization.py --matrices $(results)/momentum.npz \
+	@$(python) -m benchmarks.compile_time --json $(results)/compile_time.json
+	@$(python) -m benchmarks.memory --json $(results)/memory.json
+	@$(python) -m benchmarks.momentum_matrices $(results)/momentum.npz
+	@$(python) -m benchmarks.orthogonalization --matrices $(results)/momentum.npz \
 		--json $(results)/orthogonalization.json
 
-# Leaves what can be uploaded in dist/. It makes environments of its own, so VENV plays no part.
-release-check:
-	@interpreter=$$(.ci/find-python "$(PYTHON)") && "$$interpreter" .ci/release-check
+# Leaves what can be uploaded in dist/.
+release-check: $(VENV)/.installed-release
+	@.ci/release-check $(abspath $(python))
 
 # NO_MKDOCS_2_WARNING silences Material's advertisement of its successor.
 docs: $(VENV)/.installed-docs
@@ -96,9 +113,9 @@ $(python):
 	rm -f "$(VENV)"/bin/python* && \
 	"$$interpreter" -m venv "$(VENV)"
 
-# Stamps. Each extra contains the one before, so installing it settles that one too.
+# Stamps. A group that contains others settles these, too.
 # They say nothing once the interpreter is gone.
-stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled coverage mutation docs)
+stamps := $(addprefix $(VENV)/.installed-,examples test dev compiled coverage mutation docs release ci)
 ifneq ($(shell test -x $(python) && echo yes),yes)
 .PHONY: $(stamps)
 endif
@@ -113,7 +130,7 @@ $(VENV)/.installed-test: pyproject.toml | $(python)
 
 # The tests, and the TPU's compiler for benchmarks/compiled.py and its test.
 $(VENV)/.installed-compiled: pyproject.toml | $(python)
-	$(call install,test$(comma)compiled)
+	$(call install,test compiled)
 	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
 
 $(VENV)/.installed-coverage: pyproject.toml | $(python)
@@ -128,9 +145,18 @@ $(VENV)/.installed-docs: pyproject.toml | $(python)
 	$(call install,docs)
 	@touch $@
 
+$(VENV)/.installed-release: pyproject.toml | $(python)
+	$(call install,release)
+	@touch $@
+
 $(VENV)/.installed-dev: pyproject.toml | $(python)
 	$(call install,dev)
 	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
+
+# What .ci/run needs on the newest Python, at once.
+$(VENV)/.installed-ci: pyproject.toml | $(python)
+	$(call install,dev compiled)
+	@touch $(addprefix $(VENV)/.installed-,examples test dev compiled) $@
 
 clean:
 	@rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis

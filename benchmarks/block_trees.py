@@ -1,9 +1,10 @@
-"""Block trees: the hidden matrices of a GPT-2, which the optimizers are compared on.
+"""Block trees: the layers of a GPT-2, which the optimizers are compared on.
 
 A layer of width `d` has the kernels `query`, `key`, `value` and `output`, `d × d`, `expand`,
-`d × 4d`, and `contract`, `4d × d`, each `(input, output)` as Flax stores it. Embeddings, biases and
-gains are left out: they need no orthogonalization, and their cost is that of a few passes over
-memory under any optimizer.
+`d × 4d`, and `contract`, `4d × d`, each `(input, output)` as Flax stores it. Where time and memory
+are measured, that is all: biases and gains need no orthogonalization, and cost a few passes over a
+little memory under any optimizer. Where code is measured they count as much as matrices, and a
+layer has its vectors, too: the biases of all six, and two gains and two biases of normalizations.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import optax.contrib
 
+from benchmarks.flops import flops
 from scion_jax import NewtonSchulz, Spectral, unconstrained_scion
 
 Tree = dict[str, dict[str, Any]]
@@ -28,17 +30,18 @@ COMPARED: dict[str, optax.GradientTransformation] = {
 }
 
 
-def block_shapes(layers: int, width: int) -> Tree:
-    """Returns the shapes of the matrices, which need no memory.
+def block_shapes(layers: int, width: int, vectors: bool = False) -> Tree:
+    """Returns the shapes of the parameters, which need no memory.
 
     Args:
         layers: The number of layers.
         width: The width `d` of the residual stream.
+        vectors: Whether layers have their biases and gains.
 
     Returns:
-        A `jax.ShapeDtypeStruct` in float32 for each matrix, by layer and name.
+        A `jax.ShapeDtypeStruct` in float32 for each parameter, by layer and name.
     """
-    sizes = {
+    sizes: dict[str, tuple[int, ...]] = {
         "query": (width, width),
         "key": (width, width),
         "value": (width, width),
@@ -46,6 +49,10 @@ def block_shapes(layers: int, width: int) -> Tree:
         "expand": (width, 4 * width),
         "contract": (4 * width, width),
     }
+    if vectors:
+        sizes |= {f"{name}_bias": size[1:] for name, size in sizes.items()}
+        norms = ("attention_norm", "mlp_norm")
+        sizes |= {f"{name}_{part}": (width,) for name in norms for part in ("scale", "bias")}
     return {
         f"layer{index}": {
             name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()
@@ -79,8 +86,6 @@ def array_bytes(tree: Any) -> int:
 def necessary_flops(tree: Any, orthogonalizer: NewtonSchulz) -> int:
     """Counts the products that orthogonalizing a tree of matrices takes.
 
-    The compiler's own count is of no use here: it counts the body of a loop once.
-
     Args:
         tree: Matrices or their shapes.
         orthogonalizer: The method.
@@ -90,4 +95,4 @@ def necessary_flops(tree: Any, orthogonalizer: NewtonSchulz) -> int:
         for each entry is left out.
     """
     sizes = (sorted(leaf.shape) for leaf in jax.tree.leaves(tree))
-    return sum(orthogonalizer.flops(rows, columns) for rows, columns in sizes)
+    return sum(flops(orthogonalizer, rows, columns) for rows, columns in sizes)

@@ -1,16 +1,17 @@
 """Time to trace and to compile an optimizer's update, and how much code that gives, by depth.
 
-    python benchmarks/compile_time.py                            # 12 and 48 layers of width 128
-    python benchmarks/compile_time.py --width 64 --depths 2 8 --rounds 3
+    python -m benchmarks.compile_time                            # 12 and 48 layers of width 128
+    python -m benchmarks.compile_time --width 64 --depths 2 8 --rounds 3
+    python -m benchmarks.compile_time --matrices                 # without biases and gains
 
-The update of the hidden matrices of a GPT-2 (block_trees.py) is compiled afresh every time: JAX's
-caches are emptied before, the one on disk is off, and the function is a new one. The optimizers
-take turns. Nothing is run.
+The update of the layers of a GPT-2 (block_trees.py) is compiled afresh every time: JAX's caches are
+emptied before, the one on disk is off, and the function is a new one. The optimizers take turns.
+Nothing is run.
 
-Columns: the time to trace and lower, the time to compile, the length of the StableHLO text that the
-compiler is given and of the HLO text after its passes; below, how many times larger each is for the
-deepest tree than for the shallowest. What grows less than the depth was done once for several
-layers.
+Columns: the time to trace and lower, the time to compile, the equations of the jaxpr (what is
+called several times counted once), the length of the StableHLO text that the compiler is given and
+of the HLO text after its passes; below, how many times larger each is for the deepest tree than for
+the shallowest. What grows less than the depth was done once for several layers.
 """
 
 import statistics
@@ -21,11 +22,19 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
-from block_trees import COMPARED, OURS, PEER, block_shapes
-from reporting import Record, alternate, make_parser, markdown, record, report
+from benchmarks.block_trees import LEARNING_RATE, OURS, PEER, block_shapes
+from benchmarks.reporting import Record, alternate, make_parser, markdown, record, report
+from scion_jax import scion, unconstrained_scion
 
-UNITS = {"lower": "s", "compile": "s", "stablehlo": "kB", "hlo": "kB"}
+UNITS = {"lower": "s", "compile": "s", "equations": "", "stablehlo": "kB", "hlo": "kB"}
+OPTIMIZERS: dict[str, optax.GradientTransformation] = {
+    OURS: unconstrained_scion(LEARNING_RATE),
+    "scion": scion(LEARNING_RATE),
+    "optax.lion": optax.lion(LEARNING_RATE),
+    PEER: optax.contrib.muon(LEARNING_RATE),
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,14 @@ class Cost:
     Attributes:
         lower: Seconds to trace and lower.
         compile: Seconds to compile.
+        equations: Of the jaxpr and of all those in it, each counted once.
         stablehlo: Length of the text before the compiler, in kB.
         hlo: Length of the text after it, in kB.
     """
 
     lower: float
     compile: float
+    equations: float
     stablehlo: float
     hlo: float
 
@@ -63,16 +74,31 @@ def compile_afresh(optimizer: optax.GradientTransformation, shapes: Any) -> Cost
     start = time.perf_counter()
     # A new function each time: the one jitted before would be found again.
     update = jax.jit(lambda gradient, state, params: optimizer.update(gradient, state, params))
-    lowered = update.lower(shapes, state, shapes)
+    traced = update.trace(shapes, state, shapes)
+    lowered = traced.lower()
     between = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
     return Cost(
         between - start,
         end - between,
+        count_equations(traced.jaxpr),
         len(lowered.as_text()) / 1e3,
         len(compiled.as_text() or "") / 1e3,
     )
+
+
+def count_equations(jaxpr: Any) -> int:
+    """Counts the equations of a jaxpr and of all jaxprs in it; each jaxpr counts once."""
+    found: dict[int, int] = {}
+    ahead = [jaxpr]
+    while ahead:
+        jaxpr = ahead.pop()
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # closed or not
+        if id(jaxpr) not in found and hasattr(jaxpr, "eqns"):
+            found[id(jaxpr)] = len(jaxpr.eqns)
+            ahead += [leaf for equation in jaxpr.eqns for leaf in jax.tree.leaves(equation.params)]
+    return sum(found.values())
 
 
 def median_cost(costs: Sequence[Cost]) -> Cost:
@@ -80,25 +106,26 @@ def median_cost(costs: Sequence[Cost]) -> Cost:
     return Cost(*(statistics.median(numbers) for numbers in zip(*map(astuple, costs), strict=True)))
 
 
-def measure(depths: Sequence[int], width: int, rounds: int) -> Costs:
+def measure(depths: Sequence[int], width: int, rounds: int, vectors: bool) -> Costs:
     """Compiles every optimizer's update for every depth, in turns.
 
     Args:
         depths: The numbers of layers.
         width: The width of the block trees.
         rounds: How often.
+        vectors: Whether layers have their biases and gains.
 
     Returns:
         The medians.
     """
     calls: dict[tuple[int, str], Callable[[], Cost]] = {
         (layers, name): lambda layers=layers, optimizer=optimizer: compile_afresh(
-            optimizer, block_shapes(layers, width)
+            optimizer, block_shapes(layers, width, vectors)
         )
         for layers in depths
-        for name, optimizer in COMPARED.items()
+        for name, optimizer in OPTIMIZERS.items()
     }
-    compile_afresh(COMPARED[OURS], block_shapes(1, 8))  # the compiler itself starts up once
+    compile_afresh(OPTIMIZERS[OURS], block_shapes(1, 8))  # the compiler itself starts up once
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -120,11 +147,11 @@ def table(costs: Costs) -> str:
     quantities = [field.name for field in fields(Cost)]
     titles = ["update of", "layers"]
     for quantity in quantities:
-        titles += [f"{quantity} ({UNITS[quantity]})", "ratio"]
+        titles += [f"{quantity} ({UNITS[quantity]})" if UNITS[quantity] else quantity, "ratio"]
     depths = sorted({layers for layers, _ in costs})
     named = {(str(layers), name): cost for (layers, name), cost in costs.items()}
     if len(depths) > 1:
-        named |= {(f"{depths[-1]} / {depths[0]}", name): growth(costs, name) for name in COMPARED}
+        named |= {(f"{depths[-1]} / {depths[0]}", name): growth(costs, name) for name in OPTIMIZERS}
     rows = []
     for (case, name), cost in named.items():
         cells = [f"`{name}`", case]
@@ -174,11 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="LAYERS",
         help="numbers of layers (default: 12 48)",
     )
+    parser.add_argument("--matrices", action="store_true", help="leave out biases and gains")
     options = parser.parse_args(arguments)
-    costs = measure(options.depths, options.width, options.rounds)
+    costs = measure(options.depths, options.width, options.rounds, not options.matrices)
     heading = (
-        f"Compiling an update, width {options.width}, median of {options.rounds} rounds; ratios to "
-        f"`{PEER}`"
+        f"Compiling an update{' of matrices alone' if options.matrices else ''}, width "
+        f"{options.width}, median of {options.rounds} rounds; ratios to `{PEER}`"
     )
     report(heading, [table(costs)], records(costs), options.json)
 

@@ -1,12 +1,13 @@
 """What compilers for TPUs and GPUs make of an update; no such device is needed.
 
-    python benchmarks/compiled.py                                # TPU v5e, one chip, 4 layers
-    python benchmarks/compiled.py --topology v5e:2x4 --layers 12 # 8 chips, FSDP
-    python benchmarks/compiled.py --target h100.textproto        # a GPU (jax[cuda13] is needed)
+    python -m benchmarks.compiled                                # TPU v5e, one chip, 4 layers
+    python -m benchmarks.compiled --topology v5e:2x4 --layers 12 # 8 chips, FSDP
+    python -m benchmarks.compiled --target h100.textproto        # a GPU (jax[cuda13] is needed)
 
-The extra `compiled` installs the TPU's compiler. An update with `optax.apply_updates`, donated, is
-compiled for block trees (see block_trees.py). Cycles are the compiler's own estimate, with loops
-counted by their rounds (see hlo.py); it has none for collectives, so these are listed beside.
+The dependency group `compiled` installs the TPU's compiler. An update with `optax.apply_updates`,
+donated, is compiled for block trees (see block_trees.py). Cycles are the compiler's own estimate,
+with loops counted by their rounds (see hlo.py); it has none for collectives, so these are listed
+beside.
 """
 
 import argparse
@@ -30,9 +31,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import scion_jax
-from block_trees import block_shapes
-from hlo import Cost, cost
-from reporting import markdown
+from benchmarks.block_trees import block_shapes
+from benchmarks.hlo import Cost, cost
+from benchmarks.reporting import markdown
 
 Build = Callable[[scion_jax.Spectral], optax.GradientTransformation]
 

@@ -1,7 +1,7 @@
 """Memory of a training step of a small GPT, by optimizer.
 
-    python benchmarks/memory.py                      # a Markdown table
-    python benchmarks/memory.py --json memory.json   # also records for other programs
+    python -m benchmarks.memory                      # a Markdown table
+    python -m benchmarks.memory --json memory.json   # also records for other programs
 
 Nothing is run: the compiler says what the compiled, donated step needs, from forward pass to new
 parameters. With four microbatches the same batch is split into four, whose gradients are added up
@@ -23,25 +23,21 @@ updates they grow by with each layer.
 """
 
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from block_trees import COMPARED, OURS, PEER, array_bytes, block_shapes
-from optimizers import CONSTRAINED, CONTESTANTS, LABELS
-from reporting import Record, make_parser, markdown, record, report
+from benchmarks.block_trees import COMPARED, OURS, PEER, array_bytes, block_shapes
+from benchmarks.experiments.optimizers import CONSTRAINED, CONTESTANTS, LABELS
+from benchmarks.experiments.text import TEXT
+from benchmarks.experiments.training import Setting, loss_of
+from benchmarks.reporting import Record, make_parser, markdown, record, report
 from scion_jax import scion, scion_light
-from text import TEXT
-from training import Setting, loss_of
 
 MICROBATCHES = 4
 MEBIBYTE = 2**20

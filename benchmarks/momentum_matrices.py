@@ -1,6 +1,6 @@
 """Saves the averaged gradients of a small GPT in training: real input for orthogonalizers.
 
-    python benchmarks/momentum_matrices.py momentum.npz --steps 100
+    python -m benchmarks.momentum_matrices momentum.npz --steps 100
 
 It trains a small GPT by unconstrained Scion, with heads of size 64 and a learning rate that decays
 over the steps asked for. Saved are the averages of the hidden matrices after the last step, in
@@ -8,21 +8,18 @@ float32, under their paths.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
 
-from optimizers import CONTESTANTS, LABELS
-from text import TEXT
-from training import Setting, compiled
+from benchmarks.experiments.optimizers import CONTESTANTS, LABELS
+from benchmarks.experiments.text import TEXT
+from benchmarks.experiments.training import Setting, compiled
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Path, Setting]:

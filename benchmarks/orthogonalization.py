@@ -1,9 +1,9 @@
 """Accuracy, work and time of the ways to orthogonalize, on several kinds of matrices.
 
-    python benchmarks/orthogonalization.py
-    python benchmarks/orthogonalization.py --rows 128 --count 8 --rounds 15
-    python benchmarks/momentum_matrices.py momentum.npz
-    python benchmarks/orthogonalization.py --matrices momentum.npz    # also on real ones
+    python -m benchmarks.orthogonalization
+    python -m benchmarks.orthogonalization --rows 128 --count 8 --rounds 15
+    python -m benchmarks.momentum_matrices momentum.npz
+    python -m benchmarks.orthogonalization --matrices momentum.npz    # also on real ones
 
 For a matrix `d` with singular values σ and its approximate polar factor `v`, judged by singular
 value decompositions in float64:
@@ -31,10 +31,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from reporting import Record, alternating_times, make_parser, markdown, medians, record, report
-from scion_jax import ExactPolar, NewtonSchulz, orthogonalize
 from scion_jax.polar.orthogonalizers import Orthogonalizer
+
+from benchmarks.flops import flops
+from benchmarks.reporting import (
+    Record,
+    alternating_times,
+    make_parser,
+    markdown,
+    medians,
+    record,
+    report,
+)
+from scion_jax import ExactPolar, NewtonSchulz, orthogonalize
 
 Array = np.ndarray[Any, Any]
 
@@ -188,7 +197,7 @@ def evaluate(matrices: Array, named: dict[str, Orthogonalizer], rounds: int) -> 
         pairs = zip(polars, decompositions, strict=True) if finite else ()
         judged = [judge(polar, decomposition) for polar, decomposition in pairs]
         alignments, gauges, gains = zip(*judged, strict=True) if finite else ([0.0],) * 3
-        work = method.flops(*matrices.shape[1:]) if isinstance(method, NewtonSchulz) else None
+        work = flops(method, *matrices.shape[1:]) if isinstance(method, NewtonSchulz) else None
         qualities[name] = Quality(
             float(np.median(alignments)),
             max(gauges),

@@ -1,8 +1,8 @@
 """Time of one optimizer update on the hidden matrices of a GPT-2, by optimizer.
 
-    python benchmarks/step_time.py                              # a Markdown table
-    python benchmarks/step_time.py --cases 2x768 --rounds 15    # layers x width
-    python benchmarks/step_time.py --reference scion.py         # also the published PyTorch code
+    python -m benchmarks.step_time                              # a Markdown table
+    python -m benchmarks.step_time --cases 2x768 --rounds 15    # layers x width
+    python -m benchmarks.step_time --reference scion.py         # also the published PyTorch code
 
 Measured is the compiled `jax.jit(optimizer.update)`, nothing donated, until its results are there.
 All optimizers run in one process, in turns: one call of each per round, in an order drawn anew for
@@ -31,12 +31,20 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-
-from block_trees import SQUARE_PER_LAYER, block_shapes, gaussian_like, necessary_flops
-from reference import DTYPES, reference_call
-from reporting import Record, alternating_times, make_parser, markdown, medians, record, report
-from scion_jax import NewtonSchulz, Spectral, scion, unconstrained_scion
 from scion_jax.polar.cpu import default_dtype
+
+from benchmarks.block_trees import SQUARE_PER_LAYER, block_shapes, gaussian_like, necessary_flops
+from benchmarks.reference import DTYPES, reference_call
+from benchmarks.reporting import (
+    Record,
+    alternating_times,
+    make_parser,
+    markdown,
+    medians,
+    record,
+    report,
+)
+from scion_jax import NewtonSchulz, Spectral, scion, unconstrained_scion
 
 Call = Callable[[], Any]
 Times = dict[str, list[float]]  # in seconds, by optimizer

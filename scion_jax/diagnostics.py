@@ -188,6 +188,7 @@ def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
         {'b': Array(1., dtype=float32), 'w': Array(5., dtype=float32)}
     """
     found = optax.tree.get_all_with_path(state, "pairings")
+    found = [(path, numbers) for path, numbers in found if numbers is not None]
     if len(found) != 1:
         raise ValueError(
             f"the state has {len(found)} fields `pairings`; it must be that of one optimizer that "

@@ -1,10 +1,13 @@
 """Routing: labels in every form that Optax takes, patterns over paths, and errors that name."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from flax.core import freeze
 
 from scion_jax import (
     BiasRMS,
@@ -17,61 +20,47 @@ from scion_jax import (
     scion,
     unconstrained_scion,
 )
-from scion_jax.labels import leaf_path, nearest
-from scion_jax.resolution import resolve
+from scion_jax._leaves import read_leaves
+from scion_jax._paths import leaf_path, nearest
 
 pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
-PARAMS = {
-    "embed": {"table": jnp.ones((6, 4))},
-    "blocks": [
-        {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
-        {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
-    ],
-    "head": jnp.ones((4, 6)),
-}
-NORMS = {
-    "first": Sign(2.0),
-    "hidden": Spectral(3.0),
-    "bias": BiasRMS(),
-    "last": Euclidean(5.0),
-}
+BLOCK = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+PARAMS = {"embed": {"table": jnp.ones((6, 4))}, "blocks": [BLOCK] * 2, "head": jnp.ones((4, 6))}
+NORMS = {"first": Sign(2.0), "hidden": Spectral(3.0), "bias": BiasRMS(), "last": Euclidean(5.0)}
 RULES = [("^embed", "first"), ("bias$", "bias"), ("blocks/[01]/", "hidden"), ("head", "last")]
-LABELS = {
-    "embed": {"table": "first"},
-    "blocks": [{"kernel": "hidden", "bias": "bias"}] * 2,
-    "head": "last",
-}
-PREFIX = {"embed": "first", "blocks": [{"kernel": "hidden", "bias": "bias"}] * 2, "head": "last"}
+BLOCKS = [{"kernel": "hidden", "bias": "bias"}] * 2
+LABELS = {"embed": {"table": "first"}, "blocks": BLOCKS, "head": "last"}
+PREFIX = {"embed": "first", "blocks": BLOCKS, "head": "last"}
 
 
-@pytest.mark.parametrize(
-    "labels", [LABELS, PREFIX, lambda tree: LABELS, label_by_path(RULES)], ids=lambda _: ""
-)
-def test_every_form_of_labels_routes_alike(labels):
+def ones(*shape):
+    return jnp.ones(shape)
+
+
+def norms_of(tree, *norms):
+    return [leaf.norm for leaf in read_leaves(tree, *norms)]
+
+
+def test_every_form_of_labels_routes_alike():
+    expected = [NORMS[label] for label in jax.tree.leaves(LABELS)]
+    for labels in (LABELS, PREFIX, lambda tree: LABELS, label_by_path(RULES)):
+        assert norms_of(PARAMS, NORMS, labels) == expected
     gradients = jax.tree.map(lambda p: p + jnp.arange(1.0 * p.size).reshape(p.shape), PARAMS)
-    optimizer = unconstrained_scion(1.0, NORMS, labels, momentum=1.0)
-    updates, _ = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
-    expected = jax.tree.map(lambda label, g: -NORMS[label].lmo(g), LABELS, gradients)
-    for got, want in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+    optimizer = unconstrained_scion(1.0, NORMS, PREFIX, momentum=1.0)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(PARAMS))
+    steps = jax.tree.map(lambda label, g: -NORMS[label].lmo(g), LABELS, gradients)
+    for got, want in zip(jax.tree.leaves(updates), jax.tree.leaves(steps), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_first_match_wins():
+def test_rules():
     tree = {"a": {"kernel": 0.0}, "b": {"kernel": 0.0}}
-    assert label_by_path([("a/", 1), ("kernel", 2), ("", 3)])(tree) == {
-        "a": {"kernel": 1},
-        "b": {"kernel": 2},
-    }
-
-
-def test_an_unmatched_leaf_is_named():
+    labels = label_by_path([("a/", 1), ("kernel", 2), ("", 3)])(tree)  # the first match wins
+    assert labels == {"a": {"kernel": 1}, "b": {"kernel": 2}}
     with pytest.raises(ValueError, match=r"leaf 'blocks/0/bias' matches no rule.*'kernel'"):
         label_by_path([("kernel", "hidden")])(PARAMS)
-
-
-def test_none_and_masked_nodes_have_no_label():
-    tree = {"a": None, "b": optax.MaskedNode(), "c": 1.0}
+    tree = {"a": None, "b": optax.MaskedNode(), "c": 1.0}  # none of which has a label but the last
     assert label_by_path([("", "x")])(tree) == {"a": None, "b": optax.MaskedNode(), "c": "x"}
 
 
@@ -90,25 +79,9 @@ def test_bad_rules(rules, error):
         label_by_path(rules)
 
 
-def test_a_label_without_a_norm_is_named_with_its_leaf():
-    labels = {**LABELS, "head": "lsat"}
-    optimizer = scion(0.1, NORMS, labels)
-    with pytest.raises(ValueError, match=r"leaf 'head' has the label 'lsat'.*'hidden'"):
-        optimizer.init(PARAMS)
-    with pytest.raises(ValueError, match=r"leaf 'head' has the label 'lsat'"):
-        init_params(jax.random.key(0), PARAMS, NORMS, labels)
-
-
-def test_a_function_of_labels_takes_the_tree():
-    with pytest.raises(TypeError, match=r"calling it with the parameters failed \(.*argument"):
-        resolve(PARAMS, NORMS, lambda: LABELS)
-
-
 def test_a_norm_or_rule_that_no_leaf_uses_is_warned_of_once():
-    optimizer = optax.masked(
-        scion(0.1, NORMS, label_by_path(RULES)),
-        {"embed": True, "blocks": False, "head": True},
-    )
+    mask = {"embed": True, "blocks": False, "head": True}
+    optimizer = optax.masked(scion(0.1, NORMS, label_by_path(RULES)), mask)
     with pytest.warns(UserWarning, match="no leaf") as caught:
         state = optimizer.init(PARAMS)
     assert [str(w.message) for w in caught] == [
@@ -140,35 +113,32 @@ def test_norms_and_labels_must_belong_together(norms, labels, error, message):
         with pytest.raises(error, match=message):
             build(0.1, norms, labels)
     with pytest.raises(error, match=message):
-        resolve(PARAMS, norms, labels)
+        read_leaves(PARAMS, norms, labels)
 
 
-def test_a_leaf_that_does_not_fit_is_named_at_init():
+def test_what_does_not_fit_is_named_at_init():
+    wrong = NORMS, {**LABELS, "head": "lsat"}
+    with pytest.raises(ValueError, match=r"leaf 'head' has the label 'lsat'.*'hidden'"):
+        scion(0.1, *wrong).init(PARAMS)
+    with pytest.raises(ValueError, match=r"leaf 'head' has the label 'lsat'"):
+        init_params(jax.random.key(0), PARAMS, *wrong)
+    with pytest.raises(TypeError, match=r"calling it with the parameters failed \(.*argument"):
+        read_leaves(PARAMS, NORMS, lambda: LABELS)
     with pytest.raises(ValueError, match=r"'conv/kernel' of shape \(3, 4, 5\): it could be"):
-        scion(0.1).init({"conv": {"kernel": jnp.ones((3, 4, 5))}})
+        scion(0.1).init({"conv": {"kernel": ones(3, 4, 5)}})
     with pytest.raises(ValueError, match=r"2 letters, but leaf 'a/1' of shape \(3,\) has rank 1"):
-        scale_by_lmo(Spectral(layout="oi")).init({"a": [jnp.ones((2, 2)), jnp.ones(3)]})
+        scale_by_lmo(Spectral(layout="oi")).init({"a": [ones(2, 2), ones(3)]})
     with pytest.raises(TypeError, match=r"leaf 'steps'.*int32.*optax.masked"):
         scion(0.1).init({"steps": jnp.int32(3)})
 
 
-def test_norms_of_a_prefix():
-    leaves = {leaf.path: leaf.norm for leaf in resolve(PARAMS, NORMS, PREFIX)}
-    assert leaves["blocks/1/kernel"] == NORMS["hidden"]
-    assert leaves["blocks/1/bias"] == NORMS["bias"]
-    assert leaves["embed/table"] == NORMS["first"]
-
-
 def test_paths_of_nnx_leave_out_the_variable():
-    nnx = pytest.importorskip("flax.nnx")
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert paths == ["bias", "kernel"]
 
 
 def test_labels_in_a_callable_tree_are_a_tree():
-    eqx = pytest.importorskip("equinox")
-
     class Net(eqx.Module):
         w: jax.Array
         c: jax.Array
@@ -176,42 +146,40 @@ def test_labels_in_a_callable_tree_are_a_tree():
         def __call__(self, x):
             return x.ndim
 
-    params = Net(jnp.ones((2, 3)), jnp.ones((3,)))
+    params = Net(ones(2, 3), ones(3))
     labels = jax.tree.map(lambda x: f"rank {x.ndim}", params)
     norms = {"rank 2": Sign(), "rank 1": BiasRMS()}
-    found = [leaf.norm for leaf in resolve(params, norms, labels)]
-    assert found == [norms["rank 2"], norms["rank 1"]]
     partial = jax.tree_util.Partial(lambda tree: labels)  # a tree without leaves, to be called
-    assert [leaf.norm for leaf in resolve(params, norms, partial)] == found
+    for form in (labels, partial):
+        assert norms_of(params, norms, form) == [norms["rank 2"], norms["rank 1"]]
 
 
-def test_labels_in_other_containers_are_told_so():
-    nnx = pytest.importorskip("flax.nnx")
-    freeze = pytest.importorskip("flax.core").freeze
-    kernel = {"a": {"kernel": jnp.ones((2, 3))}}
-    state = nnx.State({"a": {"kernel": nnx.Param(jnp.ones((2, 3)))}})
-    pure = nnx.State(kernel)
-    labels = {"a": {"kernel": "x"}}
-    for tree, wrong, message in (
-        (freeze(kernel), labels, "at the top the labels have a dict, the tree a FrozenDict"),
-        (state, labels, "at the top the labels have a dict, the tree a State"),
-        (pure, jax.tree.map(lambda _: "x", state), "at 'a/kernel' the labels have a Param, the"),
-        ([jnp.ones((2, 3))], ("x",), "at the top the labels have a tuple, the tree a list"),
-        ({"a": [jnp.ones(3)]}, {"a": ("x",)}, "at 'a' the labels have a tuple, the tree a list"),
-        (
-            {0: jnp.ones(3)},
-            {"0": "x"},
-            r"at the top the labels have a dict of \['0'\], the tree a dict of \[0\]",
-        ),
-    ):
-        with pytest.raises(ValueError, match=f"does not fit the tree: {message}"):
-            resolve(tree, {"x": Euclidean()}, wrong)
-    optimizer = scion(0.1)
-    params = {0: jnp.ones(3)}
-    with pytest.raises(
-        ValueError, match=r"the gradients have a dict of \['0'\], the parameters a dict"
-    ):
-        optimizer.update({"0": jnp.ones(3)}, optimizer.init(params), params)
+KERNEL = {"a": {"kernel": ones(2, 3)}}
+TOLD = {"a": {"kernel": "x"}}
+STATE = nnx.State({"a": {"kernel": nnx.Param(ones(2, 3))}})
+UNFIT = [
+    (freeze(KERNEL), TOLD, "at the top the labels have a dict, the tree a FrozenDict"),
+    (STATE, TOLD, "at the top the labels have a dict, the tree a State"),
+    (nnx.State(KERNEL), jax.tree.map(lambda _: "x", STATE),
+        "at 'a/kernel' the labels have a Param, the"),
+    ([ones(2, 3)], ("x",), "at the top the labels have a tuple, the tree a list"),
+    ({"a": [ones(3)]}, {"a": ("x",)}, "at 'a' the labels have a tuple, the tree a list"),
+    ({0: ones(3)}, {"0": "x"},
+        r"at the top the labels have a dict of \['0'\], the tree a dict of \[0\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "labels", "message"), UNFIT)
+def test_labels_in_other_containers_are_told_so(tree, labels, message):
+    with pytest.raises(ValueError, match=f"does not fit the tree: {message}"):
+        read_leaves(tree, {"x": Euclidean()}, labels)
+
+
+def test_gradients_in_other_containers_are_told_so():
+    optimizer, params = scion(0.1), {0: ones(3)}
+    message = r"the gradients have a dict of \['0'\], the parameters a dict"
+    with pytest.raises(ValueError, match=message):
+        optimizer.update({"0": ones(3)}, optimizer.init(params), params)
 
 
 def test_the_nearest_path_is_near():

@@ -1,6 +1,6 @@
 """What does a larger batch cost, at equal tokens?
 
-    python benchmarks/experiments/batch_size.py   # [S] Fig. 2: batches of 8 to 512 sequences
+    python -m benchmarks.experiments.batch_size   # [S] Fig. 2: batches of 8 to 512 sequences
 
 Every run sees as many sequences; a batch of twice the size makes half the steps. Each optimizer is
 tuned anew for every batch size, over its grid of learning rates, with three seeds at the best one.
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-import pictures
-from optimizers import CONTESTANTS
-from records import Records, Tuned, make_parser, tune
-from reporting import markdown
-from training import Setting
+from benchmarks.experiments import pictures
+from benchmarks.experiments.optimizers import CONTESTANTS
+from benchmarks.experiments.records import Records, Tuned, make_parser, tune
+from benchmarks.experiments.training import Setting
+from benchmarks.reporting import markdown
 
 COMPARED = ("scion", "unconstrained_scion", "adamw", "muon")
 BATCHES = (8, 32, 128, 512)

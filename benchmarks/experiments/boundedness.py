@@ -1,6 +1,6 @@
 """Do weights stay in their balls, and how far do they go without?
 
-    python benchmarks/experiments/boundedness.py   # [S] Fig. 8 and 9
+    python -m benchmarks.experiments.boundedness   # [S] Fig. 8 and 9
 
 Scion and unconstrained Scion train for many steps at a constant learning rate. Drawn is the largest
 norm among the matrices of each kind, as a multiple of the radius of one step.
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-import pictures
-from optimizers import CONSTRAINED, CONTESTANTS, LABELS, UNCONSTRAINED
-from records import make_parser, write_json
-from reporting import markdown
+from benchmarks.experiments import pictures
+from benchmarks.experiments.optimizers import CONSTRAINED, CONTESTANTS, LABELS, UNCONSTRAINED
+from benchmarks.experiments.records import make_parser, write_json
+from benchmarks.experiments.text import TEXT
+from benchmarks.experiments.training import Setting, compiled
+from benchmarks.reporting import markdown
 from scion_jax import gauge_bounds
-from text import TEXT
-from training import Setting, compiled
 
 RATES = {"scion": 2**-8, "unconstrained_scion": 2**-5}
 BALLS = {"scion": CONSTRAINED, "unconstrained_scion": UNCONSTRAINED}

@@ -1,7 +1,7 @@
 """Does clipping by the pairing save steps at a constant learning rate?
 
-    python benchmarks/experiments/clipping.py         # [C] Fig. 1, 2, 8 and 11, at a small size
-    python benchmarks/experiments/clipping.py --full  # nanoGPT's depth, width and length
+    python -m benchmarks.experiments.clipping         # [C] Fig. 1, 2, 8 and 11, at a small size
+    python -m benchmarks.experiments.clipping --full  # nanoGPT's depth, width and length
 
 Scion and unconstrained Scion are tuned over their grids at a constant learning rate, without decay.
 The median pairing of the best run is where ρ begins: it and its multiples are tried, each with a
@@ -16,10 +16,10 @@ from statistics import median
 
 import numpy as np
 
-import pictures
-from records import Records, Tuned, make_parser, tune
-from reporting import markdown
-from training import Setting
+from benchmarks.experiments import pictures
+from benchmarks.experiments.records import Records, Tuned, make_parser, tune
+from benchmarks.experiments.training import Setting
+from benchmarks.reporting import markdown
 
 PAIRS = {"scion": "clipped_scion", "unconstrained_scion": "unconstrained_clipped_scion"}
 MULTIPLES = (0.5, 1.0, 2.0, 4.0)  # of the median pairing

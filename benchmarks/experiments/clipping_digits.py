@@ -1,6 +1,6 @@
 """Does clipping by the pairing save steps at a constant learning rate, on a convolutional network?
 
-    python benchmarks/experiments/clipping_digits.py   # [C] Fig. 3, at a small size
+    python -m benchmarks.experiments.clipping_digits   # [C] Fig. 3, at a small size
 
 Three convolutions and a linear layer learn scikit-learn's digits, 8 × 8 pixels, by batches of 64.
 Tuned and compared as in clipping.py.
@@ -16,11 +16,11 @@ import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from clipping import PAIRS, compare
-from optimizers import Contestant, clipped_and_not
-from records import Records, make_parser
+from benchmarks.experiments.clipping import PAIRS, compare
+from benchmarks.experiments.optimizers import Contestant, clipped_and_not
+from benchmarks.experiments.records import Records, make_parser
+from benchmarks.experiments.training import Setting, Task
 from scion_jax import Assignment, Sign, Spectral, infer_norms, scaled_relu
-from training import Setting, Task
 
 HELD_OUT = 360  # of 1,797 digits
 WIDTH = 16

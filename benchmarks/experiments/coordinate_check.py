@@ -1,6 +1,6 @@
 """Do activations keep their size when the model gets wider?
 
-    python benchmarks/experiments/coordinate_check.py   # [S] Fig. 4
+    python -m benchmarks.experiments.coordinate_check   # [S] Fig. 4
 
 A GPT is trained for ten steps at each width, with the spectral norm's factor `√(d_out/d_in)` and
 with `max(1, √(d_out/d_in))`. Drawn are the root mean squares of what each block adds to the
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import pictures
-from optimizers import CONTESTANTS, LABELS, UNCONSTRAINED, Contestant
-from records import make_parser, write_json
-from reporting import markdown
+from benchmarks.experiments import pictures
+from benchmarks.experiments.optimizers import CONTESTANTS, LABELS, UNCONSTRAINED, Contestant
+from benchmarks.experiments.records import make_parser, write_json
+from benchmarks.experiments.text import TEXT
+from benchmarks.experiments.training import Setting, compiled, structure_of
+from benchmarks.reporting import markdown
 from scion_jax import Spectral, unconstrained_scion
-from text import TEXT
-from training import Setting, compiled, structure_of
 
 STEPS = 10
 WIDTHS = (64, 128, 256, 512)

@@ -21,10 +21,8 @@ from scion_jax import (
     almond,
     clipped_scion,
     label_by_path,
-    scion,
     scion_light,
     unconstrained_clipped_scion,
-    unconstrained_scion,
 )
 
 GRID_STEPS = 7  # learning rates in a grid
@@ -76,13 +74,13 @@ def clipped_and_not(
     unconstrained: Mapping[str, Norm] | Assignment,
     labels: Any = None,
 ) -> dict[str, Contestant]:
-    """Returns Scion, constrained and not, clipped and not; each keeps its pairing."""
+    """Returns Scion, constrained and not, clipped and not (ρ = 0); each keeps its pairing."""
     return {
         "scion": Contestant(
-            lambda rate, rho: scion(rate, constrained, labels, show_pairing=True), -10, constrained
+            lambda rate, rho: clipped_scion(rate, constrained, labels, rho=0.0), -10, constrained
         ),
         "unconstrained_scion": Contestant(
-            lambda rate, rho: unconstrained_scion(rate, unconstrained, labels, show_pairing=True),
+            lambda rate, rho: unconstrained_clipped_scion(rate, unconstrained, labels, rho=0.0),
             -8,
             unconstrained,
         ),

@@ -1,6 +1,6 @@
 """Does the best learning rate carry over to wider models, whatever the norm of the last layer?
 
-    python benchmarks/experiments/output_layers.py   # [S] Fig. 5, on scikit-learn's digits
+    python -m benchmarks.experiments.output_layers   # [S] Fig. 5, on scikit-learn's digits
 
 A perceptron of three layers learns by `unconstrained_scion`, its first layer with
 `Spectral(max=True)`, the second with `Spectral()`, the last with one of three norms. The smallest
@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from clipping_digits import HELD_OUT, draw, loss, whole
-from optimizers import Contestant
-from records import Records, Tuned, make_parser, tune
-from reporting import markdown
+from benchmarks.experiments.clipping_digits import HELD_OUT, draw, loss, whole
+from benchmarks.experiments.optimizers import Contestant
+from benchmarks.experiments.records import Records, Tuned, make_parser, tune
+from benchmarks.experiments.training import Setting, Task
+from benchmarks.experiments.transfer import draw as draw_tuned
+from benchmarks.experiments.transfer import moved
+from benchmarks.reporting import markdown
 from scion_jax import (
     Norm,
     RowNorm,
@@ -25,9 +28,6 @@ from scion_jax import (
     scaled_relu,
     unconstrained_scion,
 )
-from training import Setting, Task
-from transfer import draw as draw_tuned
-from transfer import moved
 
 WIDTHS = (64, 128, 256, 512)
 LAST = {"Sign": Sign(16.0), "Spectral": Spectral(16.0), "RowNorm": RowNorm(16.0)}

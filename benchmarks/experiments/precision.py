@@ -1,6 +1,6 @@
 """Does it matter to the loss how exactly the polar factor is computed?
 
-    python benchmarks/experiments/precision.py
+    python -m benchmarks.experiments.precision
 
 Unconstrained Scion with different iterations for `U Vᵀ`, each tuned over the grid of learning
 rates, with three seeds at the best one: our four steps in bfloat16 and in float32, the five quintic
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-import pictures
-from optimizers import CONTESTANTS, LABELS, UNCONSTRAINED, Contestant
-from records import Records, make_parser, tune
-from reporting import markdown
+from benchmarks.experiments import pictures
+from benchmarks.experiments.optimizers import CONTESTANTS, LABELS, UNCONSTRAINED, Contestant
+from benchmarks.experiments.records import Records, make_parser, tune
+from benchmarks.experiments.training import Setting
+from benchmarks.reporting import markdown
 from scion_jax import ExactPolar, NewtonSchulz, Spectral, unconstrained_scion
-from training import Setting
 
 ORTHOGONALIZERS = {
     "4 minimax, bfloat16": NewtonSchulz(compute_dtype=jnp.bfloat16),

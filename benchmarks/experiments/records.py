@@ -11,19 +11,16 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from tqdm import tqdm
 
-from optimizers import CONTESTANTS, Contestant
-from reporting import machine
-from text import TEXT
-from training import Outcome, Setting, Task, train
+from benchmarks.experiments.optimizers import CONTESTANTS, Contestant
+from benchmarks.experiments.text import TEXT
+from benchmarks.experiments.training import Outcome, Setting, Task, train
+from benchmarks.reporting import machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -1,7 +1,7 @@
 """In how many steps does each optimizer reach the loss that tuned AdamW ends at?
 
-    python benchmarks/experiments/steps_to_loss.py         # [S] Fig. 1, Table 5, at a small size
-    python benchmarks/experiments/steps_to_loss.py --full  # nanoGPT's depth, width and length
+    python -m benchmarks.experiments.steps_to_loss         # [S] Fig. 1, Table 5, at a small size
+    python -m benchmarks.experiments.steps_to_loss --full  # nanoGPT's depth, width and length
 
 Every optimizer is tuned over its grid of learning rates, with three seeds at the best one. Then it
 makes shorter runs at that learning rate, each with its own decay to zero: a loss in the middle of a
@@ -16,11 +16,11 @@ from statistics import mean
 
 import numpy as np
 
-import pictures
-from optimizers import CONTESTANTS
-from records import Records, make_parser, tune
-from reporting import markdown
-from training import Outcome, Setting
+from benchmarks.experiments import pictures
+from benchmarks.experiments.optimizers import CONTESTANTS
+from benchmarks.experiments.records import Records, make_parser, tune
+from benchmarks.experiments.training import Outcome, Setting
+from benchmarks.reporting import markdown
 
 PEER = "adamw"
 COMPARED = ("adamw", "muon", "scion", "unconstrained_scion", "scion_light", "almond")

@@ -1,17 +1,13 @@
 """What most experiments learn: text, by the GPT of examples/nanogpt.py, with its data and loss."""
 
 import functools
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import numpy as np
 from flax import nnx
 
-from nanogpt import GPT, mean_loss, random_windows, read_tokens
-from optimizers import LABELS
-from training import Setting, Task
+from benchmarks.experiments.optimizers import LABELS
+from benchmarks.experiments.training import Setting, Task
+from examples.nanogpt import GPT, mean_loss, random_windows, read_tokens
 
 HEAD_SIZE = 64
 HELD_OUT = 0.1

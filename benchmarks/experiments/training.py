@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from optimizers import Contestant
+from benchmarks.experiments.optimizers import Contestant
 from scion_jax import init_params
 
 DEVIATION = 0.02  # of the first parameters, for AdamW and Muon, as in nanoGPT

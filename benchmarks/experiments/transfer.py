@@ -1,8 +1,8 @@
 """Does the best learning rate carry over to wider and to deeper models?
 
-    python benchmarks/experiments/transfer.py            # width 64 to 512; [S] Fig. 1 and 7
-    python benchmarks/experiments/transfer.py --depth    # 2 to 16 blocks of width 64
-    python benchmarks/experiments/transfer.py --full     # width 64 to 1,024, sequences of 256
+    python -m benchmarks.experiments.transfer            # width 64 to 512; [S] Fig. 1 and 7
+    python -m benchmarks.experiments.transfer --depth    # 2 to 16 blocks of width 64
+    python -m benchmarks.experiments.transfer --full     # width 64 to 1,024, sequences of 256
 
 A GPT of 2 blocks with heads of size 64 is trained for 122 steps with 32 sequences each, over a grid
 of learning rates in factors of 2; at the best one with three seeds. For larger models, above width
@@ -16,11 +16,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pictures
-from optimizers import CONTESTANTS
-from records import Records, Tuned, make_parser, tune
-from reporting import markdown
-from training import Setting
+from benchmarks.experiments import pictures
+from benchmarks.experiments.optimizers import CONTESTANTS
+from benchmarks.experiments.records import Records, Tuned, make_parser, tune
+from benchmarks.experiments.training import Setting
+from benchmarks.reporting import markdown
 
 COMPARED = ("scion", "unconstrained_scion", "adamw", "muon")
 WIDTHS = (64, 128, 256, 512)

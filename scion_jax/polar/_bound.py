@@ -17,7 +17,7 @@ import jax
 
 from scion_jax import _numerics as numerics
 from scion_jax.polar._cpu import by_platform
-from scion_jax.polar._products import Products
+from scion_jax.polar._newton_schulz import Products
 
 _SQUARINGS = 6
 

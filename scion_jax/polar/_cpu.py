@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from scion_jax._numerics import hidden
-from scion_jax.polar._products import Products, in_chunks, is_tall
+from scion_jax.polar._newton_schulz import Products, is_tall
 
 _SMALLEST_BLOCK = 192  # rows; smaller blocks keep a core less busy
 _DESCRIPTION = Path("/proc/cpuinfo")
@@ -126,3 +126,27 @@ class CpuProducts(Products):
         first = jnp.concatenate([diagonal[:, 0], upper], axis=2)
         second = jnp.concatenate([upper.mT, diagonal[:, 1]], axis=2)
         return jnp.concatenate([first, second], axis=1)
+
+
+def in_chunks(
+    function: Callable[[jax.Array], jax.Array], stack: jax.Array, chunk_bytes: int
+) -> jax.Array:
+    """Applies a function to a long stack piece by piece, which bounds its temporary memory.
+
+    Args:
+        function: Maps `(batch, rows, columns)` to `(batch, …)`, each matrix on its own.
+        stack: Shape `(batch, rows, columns)`.
+        chunk_bytes: Size of the matrices that go through at the same time, at least one matrix.
+
+    Returns:
+        The result for the whole stack.
+    """
+    batch, *matrix = stack.shape
+    rounds = -(-batch // max(1, chunk_bytes // (stack.nbytes // batch)))
+    if rounds == 1:
+        return function(stack)
+    size = -(-batch // rounds)
+    rounds = -(-batch // size)
+    chunks = jnp.pad(stack, ((0, rounds * size - batch), (0, 0), (0, 0)))
+    result = jax.lax.map(function, chunks.reshape(rounds, size, *matrix))
+    return result.reshape(rounds * size, *result.shape[2:])[:batch]

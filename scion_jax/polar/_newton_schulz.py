@@ -32,8 +32,9 @@ Gaussian 768 × 768 matrix by a factor of 4.4. That is worth more than a further
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,48 @@ import numpy as np
 
 from scion_jax import _numerics as numerics
 from scion_jax.polar._coefficients import Step
-from scion_jax.polar._products import Products
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """How batches of matrices are multiplied.
+
+    The Gram matrix of a batch is that of its shorter side, `X Xᵀ` if it is wide and `Xᵀ X` if it is
+    tall; what is made of it then stands on that side of `X`, which need not be transposed.
+
+    Attributes:
+        dtype: Dtype of the factors. Products and sums have at least float32.
+    """
+
+    dtype: jnp.dtype
+    chunk_bytes: ClassVar[int] = 2**28  # of matrices that go through at the same time
+
+    def times(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Computes `x y`."""
+        # Accelerators would round float32 factors; who wants that asks for bfloat16.
+        return jnp.matmul(
+            x.astype(self.dtype),
+            y.astype(self.dtype),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=numerics.widest(self.dtype, jnp.float32),
+        )
+
+    def gram(self, x: jax.Array) -> jax.Array:
+        """Computes `x xᵀ`, or `xᵀ x` of a tall `x`."""
+        return self.times(x.mT, x) if is_tall(x) else self.times(x, x.mT)
+
+    def beside(self, factor: jax.Array, x: jax.Array) -> jax.Array:
+        """Computes `factor x`, or `x factor` for a tall `x`."""
+        return self.times(x, factor) if is_tall(x) else self.times(factor, x)
+
+    def commuting(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Computes `x y` for symmetric matrices that commute, so that the product is symmetric."""
+        return self.times(x, y)
+
+
+def is_tall(x: jax.Array) -> bool:
+    """Tells whether matrices have more rows than columns."""
+    return x.shape[-2] > x.shape[-1]
 
 
 class _Shifted(NamedTuple):

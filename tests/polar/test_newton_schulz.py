@@ -11,8 +11,7 @@ import pytest
 from scion_jax import NewtonSchulz, Spectral, gauge_bounds, orthogonalize
 from scion_jax.polar import _cpu as cpu
 from scion_jax.polar._coefficients import steps_of
-from scion_jax.polar._newton_schulz import groups, newton_schulz
-from scion_jax.polar._products import Products
+from scion_jax.polar._newton_schulz import Products, groups, newton_schulz
 from tests.support.norms import gaussian
 
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)

@@ -1,0 +1,1 @@
+"""What optimizers do to training, one question each: `python -m benchmarks.experiments.NAME`."""

@@ -1,0 +1,1 @@
+"""The examples, each a program of its own: `python examples/NAME.py`."""
