@@ -13,7 +13,7 @@ import scion_jax
 from scion_jax import NewtonSchulz, Spectral, scion
 from tests.support.meshes import EXACT, OPTIMIZERS, collectives, compiled, in_loops, lmos_of, make
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
 
 BLOCK = {"q": (64, 64), "up": (64, 256), "down": (256, 64)}
 BLOCKS = {f"{name}{layer}": shape for layer in range(8) for name, shape in BLOCK.items()}
