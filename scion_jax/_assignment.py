@@ -18,7 +18,7 @@ import jax
 
 from scion_jax._labels import check_no_count
 from scion_jax._paths import leaf_path, nearest, without_collection
-from scion_jax.norms import Auto, Norm, Spectral
+from scion_jax.norms import Norm, Spectral, at_rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,7 @@ class Assignment:
         import optax.contrib  # of which nothing else here has need
 
         def numbers(entry: Entry) -> optax.contrib.MuonDimensionNumbers | None:
-            rule = entry.norm
-            norm = rule.norm_for(len(entry.shape)) if isinstance(rule, Auto) else rule
+            norm = at_rank(entry.norm, len(entry.shape))
             letters = re.sub(r"\[.*?\]", "", norm.read(entry.shape, f"leaf '{entry.path}'").text)
             inputs = tuple(axis for axis, letter in enumerate(letters) if letter in "is")
             outputs = tuple(axis for axis, letter in enumerate(letters) if letter == "o")

@@ -17,7 +17,7 @@ from scion_jax._assignment import Assignment, Labels
 from scion_jax._checks import check_array
 from scion_jax._labels import PathLabels, labels_of
 from scion_jax._paths import kind_of_vector, leaf_path, nearest, without_collection
-from scion_jax.norms import Auto, BiasRMS, Leaf, Norm, possible_layouts
+from scion_jax.norms import Auto, BiasRMS, Leaf, Norm, at_rank, possible_layouts
 
 Norms = Norm | Auto | Mapping[Any, Norm | Auto] | Assignment
 
@@ -79,7 +79,7 @@ def read_leaves(tree: Any, norms: Norms, param_labels: Any = None) -> list[Leaf]
         path = leaf_path(keys)
         check_array(array, f"leaf '{path}'")
         shape = tuple(array.shape)
-        concrete = norm.norm_for(len(shape)) if isinstance(norm, Auto) else norm
+        concrete = at_rank(norm, len(shape))
         if concrete.layout is None and not _has_default(concrete, path, len(shape)):
             unread.append(_what_to_write(path, shape, concrete))
         else:

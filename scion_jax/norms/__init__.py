@@ -1,6 +1,7 @@
 """Norm balls, each with its linear minimization oracle, gauge, dual norm and initializer."""
 
 from scion_jax.norms._auto import Auto as Auto
+from scion_jax.norms._auto import at_rank as at_rank
 from scion_jax.norms._axes import Axes as Axes
 from scion_jax.norms._base import Norm as Norm
 from scion_jax.norms._layout import Layout as Layout

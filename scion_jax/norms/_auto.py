@@ -84,4 +84,9 @@ class Auto:
         return self.norm_for(len(shape)).init(key, shape, dtype)
 
 
+def at_rank(norm: Norm | Auto, rank: int) -> Norm:
+    """Returns the norm that a rule chooses for a rank; a norm as it is."""
+    return norm.norm_for(rank) if isinstance(norm, Auto) else norm
+
+
 Norm.register(Auto)  # it offers all that is asked of a norm

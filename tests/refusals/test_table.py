@@ -123,6 +123,11 @@ OF_OPTIMIZERS = [
         ValueError,
         "leaf '0' is in the gradients only; leaf 'a/bias' is in the parameters",
     ),
+    (
+        lambda make: updated(make(0.1), (jnp.ones(2), jnp.ones(3)), [jnp.ones(2), jnp.ones(3)]),
+        ValueError,
+        "at the top .* a tuple,",
+    ),
     # Norms.
     (lambda make: make(0.1, "Spectral").init(PARAMS), TypeError, "norms"),
     (lambda make: make(0.1, Spectral).init(PARAMS), TypeError, "norms"),
@@ -168,14 +173,14 @@ REFUSED = [
     (lambda: unconstrained_scion(0.1, weight_decay=INF), ValueError, "weight_decay must be at lea"),
     (lambda: scion_light(0.1, every_k="2"), TypeError, "every_k must be a number"),
     (lambda: scion_light(0.1, every_k=1.5), ValueError, "every_k must be a whole number"),
-    (lambda: scion_light(0.1, every_k=0), ValueError, "every_k must be at least 1"),
-    (lambda: scion_light(0.1, every_k=2**31), ValueError, "every_k must be .* at most 2.1"),
+    (lambda: scion_light(0.1, every_k=0), ValueError, "every_k must be .*at least 1"),
+    (lambda: scion_light(0.1, every_k=2**31), ValueError, "every_k must be a whole number"),
     (lambda: average_gradients(0.0), ValueError, "1 minus the usual"),
     (lambda: average_gradients(1.5), ValueError, "1 minus the usual"),
     (lambda: average_gradients(0.1, jnp.int8), TypeError, "floating"),
     (lambda: scale_by_lmo(Spectral), TypeError, "norm"),
     (lambda: decay_weights(-0.1, Auto()), ValueError, "at least 0"),
-    (lambda: decay_weights(lambda count: 0.1, Auto()), TypeError, "inject_hyperparams"),
+    (lambda: decay_weights(lambda count: 0.1, Auto()), TypeError, "weight_decay must be a n"),
     (lambda: label_by_path({"a": "b"}), TypeError, "a list of pairs"),
     (lambda: label_by_path("ab"), TypeError, "a list of pairs"),
     # Orthogonalizers.
@@ -184,7 +189,7 @@ REFUSED = [
     (lambda: NewtonSchulz([(1.0, 2.0)]), TypeError, "one per step"),
     (lambda: NewtonSchulz(3.0), TypeError, "one per step"),
     (lambda: NewtonSchulz(steps=0), ValueError, "at least 1"),
-    (lambda: NewtonSchulz(steps=2.5), TypeError, "whole number"),
+    (lambda: NewtonSchulz(steps=2.5), ValueError, "whole number"),
     (lambda: NewtonSchulz(compute_dtype="int32"), TypeError, "floating dtype"),
     (lambda: NewtonSchulz(schatten=3), ValueError, r"2 \(Frobenius\), 4, or None"),
     (lambda: orthogonalize(jnp.ones(3)), ValueError, "needs matrices"),
@@ -231,16 +236,9 @@ REFUSED = [
         (
             lambda leaf=leaf: scale_by_lmo(Sign()).update({"x": leaf}, optax.EmptyState()),
             TypeError,
-            "leaf 'x' of the gradients",
+            "leaf 'x'",
         )
         for leaf in (3.0, jax.nn.relu, jnp.int32(3))
-    ),
-    (
-        lambda: updated(
-            scale_by_lmo(Sign()), (jnp.ones(2), jnp.ones(3)), [jnp.ones(2), jnp.ones(3)]
-        ),
-        ValueError,
-        "same leaves in other containers: at the top .* a tuple,",
     ),
 ]
 

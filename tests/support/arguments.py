@@ -80,7 +80,7 @@ SCHEDULES = one_of(
     *(lambda count: 0.5, lambda count: jnp.float32(0.5), lambda count: jnp.bfloat16(1)),
     *(
         optax.constant_schedule(0.5),
-        lambda count: 1 / (count + 1) ** 0.5,
+        lambda count: 1 / (1 + jnp.float32(count)),
         lambda count: np.float64(0.1),
     ),
 )
