@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from scion_jax._checks import check_number
@@ -36,7 +37,8 @@ class Auto:
         orthogonalizer: As in `Spectral`.
 
     Example:
-        >>>         >>> Auto(radius=2.0).gauge(jnp.array([4.0, -4.0])), Auto(radius=2.0).gauge(jnp.eye(3))
+        >>> import jax.numpy as jnp
+        >>> Auto(radius=2.0).gauge(jnp.array([4.0, -4.0])), Auto(radius=2.0).gauge(jnp.eye(3))
         (Array(4., dtype=float32), Array(0.5, dtype=float32))
 
     Source: [S] Pethick et al., arXiv:2502.07529, Sec. 3.
