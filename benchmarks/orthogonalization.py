@@ -31,7 +31,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scion_jax.polar.orthogonalizers import Orthogonalizer
 
 from benchmarks.flops import flops
 from benchmarks.reporting import (
@@ -44,6 +43,7 @@ from benchmarks.reporting import (
     report,
 )
 from scion_jax import ExactPolar, NewtonSchulz, orthogonalize
+from scion_jax.polar import Orthogonalizer
 
 Array = np.ndarray[Any, Any]
 

@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from scion_jax.polar.cpu import default_dtype
 
 from benchmarks.block_trees import SQUARE_PER_LAYER, block_shapes, gaussian_like, necessary_flops
 from benchmarks.reference import DTYPES, reference_call
@@ -45,6 +44,7 @@ from benchmarks.reporting import (
     report,
 )
 from scion_jax import NewtonSchulz, Spectral, scion, unconstrained_scion
+from scion_jax.polar._cpu import default_dtype
 
 Call = Callable[[], Any]
 Times = dict[str, list[float]]  # in seconds, by optimizer

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.examples import process_worker
-from tests.examples.process_worker import EVERY, Training, open_checkpoints, restore
+from tests.examples.process_worker import EVERY, STEPS, Training, open_checkpoints, restore
 
 pytestmark = pytest.mark.unoptimized  # the processes take as long to compile as to do the rest
 
@@ -110,8 +110,15 @@ def in_this_process(training, start=0, state=None):
     return training.whole(state)
 
 
-def killed_twice(count, root):
-    """Kills processes that train, twice, and lets those that follow end.
+# One that does not coordinate, between two checkpoints; the one that does, while it writes one.
+KILLS = [
+    (-1, f"step {2 * EVERY + 1}", [2 * EVERY, 3 * EVERY]),
+    (0, f"writing {4 * EVERY}", [3 * EVERY, 4 * EVERY]),
+]
+
+
+def killed(count, kills, root):
+    """Kills processes that train, and lets those that follow end.
 
     Returns:
         The results, and a folder with the checkpoints that the first kill left.
@@ -119,12 +126,7 @@ def killed_twice(count, root):
     folder, first = root / "checkpoints", root / "first"
     arguments = ["--checkpoints", folder, "Explicit-scion"]
     made = 0
-    # First one that does not coordinate, between two checkpoints, then the one that does, while it
-    # writes one.
-    for victim, line, written in [
-        (count - 1, f"step {2 * EVERY + 1}", [2 * EVERY, 3 * EVERY]),
-        (0, f"writing {4 * EVERY}", [3 * EVERY, 4 * EVERY]),
-    ]:
+    for victim, line, written in kills:
         with Processes(count, root / f"from {made}", "--pause", 0.1, *arguments) as processes:
             processes.wait_for(victim, line)
             processes.running[victim].kill()
@@ -147,9 +149,11 @@ def killed_twice(count, root):
 
 
 # Everything in one test, since starting processes is what takes the time.
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_train_like_one_and_survive_kills(count, tmp_path):
-    results, first = killed_twice(count, tmp_path)
+@pytest.mark.parametrize(
+    ("count", "kills"), [(2, KILLS[1:]), pytest.param(4, KILLS, marks=pytest.mark.slow)]
+)
+def test_processes_train_like_one_and_survive_kills(count, kills, tmp_path):
+    results, first = killed(count, kills, tmp_path)
     assert set(results) == {"Explicit-scion-continued", "Explicit-scion", "Auto-clipped_scion"}
     assert_close(results["Explicit-scion-continued"], results["Explicit-scion"], 0.0)
     for name in ("Explicit-scion", "Auto-clipped_scion"):
@@ -159,7 +163,7 @@ def test_processes_train_like_one_and_survive_kills(count, tmp_path):
     training = Training("Explicit-scion", jax.devices()[:8])
     with open_checkpoints(first) as checkpoints:
         made, state = restore(checkpoints, training.initial())
-    assert made < 4 * EVERY
+    assert made < STEPS
     assert_close(in_this_process(training, made, state), results["Explicit-scion"], 1e-5)
 
     if count == 4:  # and so do two processes

@@ -170,7 +170,7 @@ def test_everything_takes_it_alone():
         with pytest.raises(ValueError, match="an Assignment, which has its own"):
             function(params, read, read.labels)
     for build in OPTIMIZERS:
-        with pytest.raises(ValueError, match="leave param_labels out"):
+        with pytest.raises(ValueError, match="an Assignment, which has its own"):
             build(0.1, read, label_by_path([("", "x")]))
 
 
