@@ -177,9 +177,10 @@ def lmos_of(norm, ds):
 def test_batches_are_the_matrices_one_by_one(x64):
     """In any order, dtype and shape; one float64 leaf widens no other."""
     rng = np.random.default_rng(0)
-    shapes = [(2, 3, 8), (1, 8, 3), (4, 3, 3), (3, 8, 3), (0, 3, 8), (1, 3, 0), (2, 1, 1)]
-    dtypes = [jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16]
-    batches = [jnp.asarray(rng.standard_normal(s), d) for d in dtypes for s in shapes]
+    shapes = [(2, 3, 8), (1, 8, 3), (4, 3, 3), (3, 8, 3), (0, 3, 8), (1, 3, 0)]
+    kinds = [(jnp.float32, s) for s in shapes]
+    kinds += [(d, s) for d in (jnp.float64, jnp.bfloat16, jnp.float16) for s in shapes[:2]]
+    batches = [jnp.asarray(rng.standard_normal(s), d) for d, s in kinds]
     norm = Spectral(layout="boi", normalized=False)
     together, bounds = jax.jit(lambda ds: (lmos_of(norm, ds), gauge_bounds(ds, norm)))(batches)
     for index, (batch, result) in enumerate(zip(batches, together, strict=True)):
