@@ -268,9 +268,9 @@ def only_where(tree: Any, other: Any) -> Any:
 
 
 def warn(message: str) -> None:
-    """Warns at the line outside of this package that called it."""
-    package = __name__.partition(".")[0]
+    """Warns at the line that called it, outside of this package and of those that it calls."""
+    inside = ("scion_jax", "optax", "jax")
     level, frame = 0, inspect.currentframe()
-    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level + 1)

@@ -86,7 +86,8 @@ def vector_norm(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def normalize(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Computes `array / ‖array‖₂` over `axes`; zero where the norm is zero."""
     scaled, _ = _scaled(array, axes)
-    return scaled / nonzero(_length(scaled, axes))
+    length = _length(scaled, axes)
+    return jnp.where(length == 0, jnp.zeros_like(scaled), scaled / nonzero(length))
 
 
 def _scaled(array: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

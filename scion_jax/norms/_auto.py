@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from scion_jax._checks import check_number
 from scion_jax.norms._base import Norm
+from scion_jax.norms._layout import Layout
 from scion_jax.norms._normalized import BiasRMS
 from scion_jax.norms._spectral import Spectral
 from scion_jax.polar import NewtonSchulz, Orthogonalizer
@@ -51,7 +53,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         check_number("radius", self.vector_radius, "Auto: vector_radius")
-        self.norm_for(2)  # checks the rest
+        # Which checks the rest.
+        Spectral(self.radius, layout=self.layout, orthogonalizer=self.orthogonalizer)
 
     def norm_for(self, rank: int) -> Norm:
         """Chooses: `BiasRMS` for rank 0 and 1 or without an input axis, `Spectral` for the rest."""
@@ -65,23 +68,31 @@ class Auto:
             orthogonalizer=self.orthogonalizer,
         )
 
+    def read(self, shape: tuple[int, ...], name: str = "") -> Layout:
+        """Reads the layout against a shape; see `Norm.read`."""
+        return self.norm_for(len(shape)).read(shape, name)
+
     def lmo(self, d: jax.Array) -> jax.Array:
         """Maximizes `⟨d, ·⟩`; see `Norm.lmo`."""
-        return self.norm_for(jnp.ndim(d)).lmo(d)
+        return self.norm_for(_rank(d)).lmo(d)
 
     def gauge(self, x: jax.Array) -> jax.Array:
         """Computes `‖x‖ / radius`; see `Norm.gauge`."""
-        return self.norm_for(jnp.ndim(x)).gauge(x)
+        return self.norm_for(_rank(x)).gauge(x)
 
     def dual_norm(self, d: jax.Array) -> jax.Array:
         """Computes `radius · ‖d‖_*`; see `Norm.dual_norm`."""
-        return self.norm_for(jnp.ndim(d)).dual_norm(d)
+        return self.norm_for(_rank(d)).dual_norm(d)
 
     def init(
         self, key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32
     ) -> jax.Array:
         """Draws a point of the ball; see `Norm.init`."""
         return self.norm_for(len(shape)).init(key, shape, dtype)
+
+
+def _rank(array: Any) -> int:
+    return len(getattr(array, "shape", ()))  # what is no array, its norm refuses
 
 
 def at_rank(norm: Norm | Auto, rank: int) -> Norm:

@@ -83,7 +83,7 @@ class ColNorm(Normalized):
 
     def length(self, axes: Axes) -> float:
         """Computes `√d_out`, or `√d_out / (k·d_in)`."""
-        return math.sqrt(axes.d_out) / (max(axes.fan_in, 1) if self.normalized else 1)
+        return math.sqrt(max(axes.d_out, 1)) / (max(axes.fan_in, 1) if self.normalized else 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

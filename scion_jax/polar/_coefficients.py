@@ -177,8 +177,8 @@ def steps_of(coefficients: str | Sequence[Step], steps: int | None) -> tuple[Ste
     if steps is not None:
         check_number("count", steps, "steps")
     count = len(rows) if steps is None else int(steps)
-    taken = (*rows[:count], *(further,) * (count - len(rows)))
-    return taken if highest is None else feasible(taken, highest)
+    taken = rows[:count] if highest is None else feasible(rows[:count], highest)
+    return (*taken, *(further,) * (count - len(rows)))
 
 
 def _checked(coefficients: Sequence[Step]) -> tuple[Step, ...]:

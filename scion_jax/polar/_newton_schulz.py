@@ -131,8 +131,9 @@ def newton_schulz(
     dtype, (n, m) = x.dtype, sorted(x.shape[1:])
     # Entries of at most 1: squares and their sums then stay in range whatever the scale was.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True))
-    x = numerics.at_least_float32(x) / numerics.at_least_float32(numerics.nonzero(largest))
-    x = x.astype(products.dtype)
+    unit = numerics.at_least_float32(numerics.nonzero(largest))
+    # Zero stays zero, for `grad` too.
+    x = jnp.where(largest == 0, 0, numerics.at_least_float32(x) / unit).astype(products.dtype)
     first, *rest = groups(n, m, len(steps), products.dtype)
     gram = products.gram(x)
     size = numerics.nonzero(_squared_norm(gram, schatten))

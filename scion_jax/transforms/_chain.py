@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -24,6 +25,11 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
     """
     chained = optax.with_extra_args_support(stages[0] if len(stages) == 1 else optax.chain(*stages))
 
+    def init(params: Any) -> Any:
+        with warnings.catch_warnings(action="ignore"):  # they come below
+            jax.eval_shape(chained.init, params)  # refuses what does not fit, before making buffers
+        return chained.init(params)
+
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is None:
             check_leaves(updates, "the gradients")
@@ -36,7 +42,7 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
         like = updates if params is None else params
         return jax.tree.map(lambda step, x: step.astype(x.dtype), steps, like), state
 
-    return optax.GradientTransformationExtraArgs(chained.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def descend(

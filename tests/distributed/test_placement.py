@@ -14,7 +14,6 @@ pytestmark = pytest.mark.unoptimized
 
 BUILDS = {
     "scion": scion,
-    "clipped_scion": lambda *a, **k: clipped_scion(*a, rho=3.0, **k),
     "short_step": lambda *a, **k: clipped_scion(*a, rho=3.0, short_step=True, **k),
     "scion_light": scion_light,
 }
@@ -58,20 +57,20 @@ def test_a_compiled_step_takes_its_own_output(build, shard_over):
 
 
 @pytest.mark.parametrize("transform", [lambda update: update, jax.jit])
-@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+@pytest.mark.parametrize("build", [BUILDS["scion"], BUILDS["short_step"]])
 @pytest.mark.parametrize("kinds", ["Auto Auto", "Explicit Auto", "Explicit Explicit"])
 def test_several_meshes_in_one_tree(kinds, build, transform):
     """None of them in force: each leaf stays on its own."""
     one, other = kinds.split()
     there = {
-        "a": NamedSharding(mesh_of((8,), ("x",), one), P("x")),
-        "b": NamedSharding(mesh_of((4, 2), ("y", "z"), other), P("z", "y")),
+        "one": NamedSharding(mesh_of((8,), ("x",), one), P("x")),
+        "other": NamedSharding(mesh_of((4, 2), ("y", "z"), other), P("z", "y")),
     }
     values = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
     params = {name: jax.device_put(values, sharding) for name, sharding in there.items()}
     optimizer = build(0.1, Spectral())
     updates, _ = transform(optimizer.update)(params, optimizer.init(params), params)
-    alone = {"a": jnp.asarray(values), "b": jnp.asarray(values)}
+    alone = {"one": jnp.asarray(values), "other": jnp.asarray(values)}
     expected, _ = optimizer.update(alone, optimizer.init(alone), alone)
     for name, sharding in there.items():
         assert updates[name].sharding.is_equivalent_to(sharding, 2)
