@@ -37,6 +37,8 @@ def shard_like(array: jax.Array, like: jax.Array) -> jax.Array:
     On an Auto mesh the compiler is told to treat both alike, by a choice among them that it
     simplifies away afterwards. Without `out_shardings` it might gather the result.
     """
+    if not (isinstance(array, jax.core.Tracer) or isinstance(like, jax.core.Tracer)):
+        return jax.device_put(array, like.sharding)
     sharding = jax.typeof(like).sharding
     if jax.sharding.get_abstract_mesh().auto_axes:
         return jnp.where(jnp.zeros_like(like, dtype=bool), like, array)
@@ -104,8 +106,9 @@ def varying(array: jax.Array) -> frozenset[str]:
 
 
 def placement(array: jax.Array) -> tuple[object, ...]:
-    """Says what must be equal for arrays to be joined: their shardings, as types say them."""
-    return tuple(jax.typeof(array).sharding.spec), varying(array)
+    """Says what must be equal for arrays to be joined: how they are split, as far as is known."""
+    held = None if isinstance(array, jax.core.Tracer) else array.sharding
+    return jax.typeof(array).sharding, varying(array), held
 
 
 def gather_mapped(array: jax.Array, names: tuple[str, ...], shared: bool) -> jax.Array:

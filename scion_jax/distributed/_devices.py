@@ -36,7 +36,7 @@ communication. Scan-stacked leaves (layout letter `b`) count with every matrix t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,7 @@ def over_devices(
     function: Callable[[jax.Array], jax.Array],
     matrices: Sequence[jax.Array],
     shard_over: tuple[str, ...] | None = None,
+    origins: Sequence[Hashable] | None = None,
 ) -> list[jax.Array]:
     """Applies a function to every matrix, those of one shape together, each on one device.
 
@@ -86,6 +87,8 @@ def over_devices(
             on its own.
         matrices: Arrays `(batch, rows, columns)`, none empty, of any shardings.
         shard_over: Names of the axes to spread over; see the module.
+        origins: What each was made of, such as a leaf's shape: on Auto axes, where types do not say
+            how it is split, only those of one origin are joined.
 
     Returns:
         The results, in the order of `matrices` and split as they are; numbers are on all devices.
@@ -101,8 +104,24 @@ def over_devices(
 
     if not matrices:
         return []
-    stacks = Stacks(matrices, [_kind(i, stack) for i, stack in enumerate(matrices)])
-    return stacks.split(_spread(compute, stacks.joined, shard_over))
+    kinds: list[Hashable] = [_kind(index, stack) for index, stack in enumerate(matrices)]
+    if origins and jax.sharding.get_abstract_mesh().auto_axes:
+        kinds = list(zip(kinds, origins, strict=True))
+    stacks = Stacks(matrices, kinds)
+    results = list(stacks.joined)
+    by_mesh: dict[AbstractMesh, list[int]] = {}
+    for index, stack in enumerate(stacks.joined):
+        by_mesh.setdefault(_mesh_of(stack), []).append(index)
+    for mesh, members in by_mesh.items():
+        spread = _spread(compute, [stacks.joined[i] for i in members], shard_over, mesh)
+        for index, result in zip(members, spread, strict=True):
+            results[index] = result
+    return stacks.split(results)
+
+
+def _mesh_of(stack: jax.Array) -> AbstractMesh:
+    in_force = jax.sharding.get_abstract_mesh()
+    return jax.typeof(stack).sharding.mesh if in_force.empty else in_force
 
 
 def _kind(index: int, stack: jax.Array) -> tuple[object, ...]:
@@ -114,13 +133,10 @@ def _kind(index: int, stack: jax.Array) -> tuple[object, ...]:
 
 
 def _spread(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...] | None
+    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...] | None, mesh: AbstractMesh
 ) -> list[jax.Array]:
     if names and all(map(_is_mapped, names)):
         return _over_mapped_axes(compute, stacks, names)
-    mesh = jax.sharding.get_abstract_mesh()
-    for stack in stacks:
-        mesh = jax.typeof(stack).sharding.mesh if mesh.empty else mesh
     default = mesh.explicit_axes or (() if mesh.manual_axes else mesh.auto_axes)
     chosen = tuple(default or ()) if names is None else names
     unknown = [name for name in chosen if name not in mesh.axis_names]
@@ -136,7 +152,7 @@ def _spread(
     ordered = sorted(chosen, key=lambda name: name in split_over)
     several = tuple(name for name in ordered if mesh.shape[name] > 1)
     if not several:
-        return compute([sharding.replicate(stack) for stack in stacks])
+        return [compute([sharding.replicate(stack)])[0] for stack in stacks]
     return _over_mesh_axes(compute, stacks, several, mesh)
 
 

@@ -68,7 +68,8 @@ def lmos(
         else:
             matrices = [axes.to_matrices(array) for _, axes, array in some]
             matrices = [m.astype(method.input_dtype(m.dtype)) for m in matrices]
-            polars = over_devices(method.polar, matrices, shard_over)
+            origins = [block.axes for block in some]
+            polars = over_devices(method.polar, matrices, shard_over, origins)
             results = [b.norm.from_polar(p, b.axes) for b, p in zip(some, polars, strict=True)]
         for index, result in zip(members, results, strict=True):
             units[index] = result
