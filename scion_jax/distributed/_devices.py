@@ -151,7 +151,7 @@ def _spread(
     split_over = {name for part in specs for name in sharding.names_of(part)}
     ordered = sorted(chosen, key=lambda name: name in split_over)
     several = tuple(name for name in ordered if mesh.shape[name] > 1)
-    if not several:
+    if not (several or any(_own_axes(stack) for stack in stacks)):
         return [compute([sharding.replicate(stack)])[0] for stack in stacks]
     return _over_mesh_axes(compute, stacks, several, mesh)
 
@@ -170,21 +170,23 @@ def _over_mesh_axes(
     """Tells the compiler where matrices are to be, and computes on each device what it has."""
     explicit = set(names) <= set(mesh.explicit_axes)
     place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
-    devices = math.prod(mesh.shape[name] for name in names)
 
     def moved(stack: jax.Array, specs: Sequence[PartitionSpec]) -> jax.Array:
         for spec in specs:
             stack = place(stack, NamedSharding(mesh, spec))
         return stack
 
-    ways = []
+    there, ways = [], []
     for stack in stacks:
         if stack.shape[0] == 1:
-            ways.append([PartitionSpec(None, None, None)])
+            way = [PartitionSpec(None, None, None)]
         else:
-            ways.append(_stages(stack, names) if explicit else _free_stages(names))
-    padded = [_padded(s, devices) if s.shape[0] > 1 else s for s in stacks]
-    there = [moved(stack, way) for stack, way in zip(padded, ways, strict=True)]
+            # What a stack is split over along itself stays, whatever is to be spread over.
+            axes = (*(name for name in _own_axes(stack) if name not in names), *names)
+            stack = _padded(stack, math.prod(mesh.shape[name] for name in axes))
+            way = _stages(stack, axes) if explicit else _free_stages(axes)
+        there.append(moved(stack, way))
+        ways.append(way)
     specs = [way[-1] for way in ways]
     computed = jax.shard_map(compute, mesh=mesh, in_specs=(specs,), out_specs=specs)(there)
     results = []
@@ -193,6 +195,10 @@ def _over_mesh_axes(
         back = way[-2::-1] if is_whole else [PartitionSpec(None, None, None)]
         results.append(moved(result, back)[: stack.shape[0]])
     return results
+
+
+def _own_axes(stack: jax.Array) -> tuple[str, ...]:
+    return sharding.names_of(jax.typeof(stack).sharding.spec[0])
 
 
 def _stages(stack: jax.Array, names: tuple[str, ...]) -> list[PartitionSpec]:
@@ -207,7 +213,7 @@ def _stages(stack: jax.Array, names: tuple[str, ...]) -> list[PartitionSpec]:
         parts = [sharding.names_of(part) for part in spec[1:]]
         rest = [tuple(name for name in part if name not in there) for part in parts]
         stages.append(PartitionSpec(there, *(part or None for part in rest)))
-    return [*stages, PartitionSpec(names, None, None)]
+    return [*stages, PartitionSpec(names or None, None, None)]
 
 
 def _free_stages(names: tuple[str, ...]) -> list[PartitionSpec]:
