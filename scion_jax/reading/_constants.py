@@ -14,7 +14,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from scion_jax.reading._views import Constant
+from scion_jax.reading._values import Constant
 
 _LARGEST = 64
 

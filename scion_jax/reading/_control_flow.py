@@ -11,11 +11,10 @@ from typing import Any
 from jax.extend import core
 
 from scion_jax.reading._constants import constant, fold
-from scion_jax.reading._elementwise import combined, unknown
+from scion_jax.reading._elementwise import unknown
 from scion_jax.reading._live import CALLS, Liveness, body, scan_counts, scan_outputs
-from scion_jax.reading._structure import changed, moved
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._views import Constant, Data, Value, View, Weight
+from scion_jax.reading._values import Constant, Data, Value, Weight, changed, combined, moved
 
 Rule = Callable[[Uses, Any, Sequence[Value]], Any]
 
@@ -168,7 +167,7 @@ class Reader:
             return Constant()
         if isinstance(value, Data):
             self.uses.consume(value.views)
-            return value._replace(views=(), flat=frozenset(), onehot=None)
+            return value._replace(views=frozenset(), flat=frozenset(), onehot=frozenset())
         return value
 
     def _cond(self, params: Any, values: Sequence[Value], outputs: Sequence[bool]) -> list[Value]:
@@ -194,7 +193,7 @@ class Reader:
         settle = self.uses.settle
         parts += [settle(w) if w.data else self.uses.entrywise(w, parts[0]) for w in weights]
         joined = combined(parts)
-        return joined._replace(onehot=None, cotangent=all(p.cotangent for p in parts))
+        return joined._replace(onehot=frozenset())
 
 
 def _row(value: Value, shape: Sequence[int]) -> Value:
@@ -206,9 +205,5 @@ def _stacked(value: Value, length: int, shape: Sequence[int]) -> Value:
 
 
 def _resized(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
-    def change(view: View) -> View:
-        for dim, (before, after) in enumerate(zip(old, new, strict=True)):
-            view = view.spread(dim, after) if before != after else view
-        return view
-
-    return changed(value, change, range(len(old)))
+    sizes = {d: n for d, (m, n) in enumerate(zip(old, new, strict=True)) if m != n}
+    return changed(value, lambda view: view.spread(sizes), range(len(old)))

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scion_jax.reading import _lookups as lookups
+from scion_jax.reading import _moves as moves
 from scion_jax.reading import _products as products
-from scion_jax.reading import _structure as structure
 from scion_jax.reading._control_flow import Rule
+from scion_jax.reading._convolutions import convolution
 from scion_jax.reading._elementwise import LINEAR, SEVERAL, UNARY, elementwise, stopped
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._views import Data, Value, Weight
+from scion_jax.reading._values import Data, Value, Weight
 
 
 def _each(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
@@ -37,23 +38,21 @@ _ALONG_AXES = "rev cumsum cumprod cummax cummin cumlogsumexp fft tile"
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LINEAR | UNARY | SEVERAL, elementwise),
     **dict.fromkeys("optimization_barrier psum psum2 psum_invariant pmax pmin".split(), _each),
-    **dict.fromkeys(_REDUCTIONS.split(), structure.reduce),
-    **dict.fromkeys(_ALONG_AXES.split(), structure.along_axes),
+    **dict.fromkeys(_REDUCTIONS.split(), moves.reduce),
+    **dict.fromkeys(_ALONG_AXES.split(), moves.along_axes),
     **dict.fromkeys("scatter scatter-add dynamic_update_slice".split(), lookups.update),
+    **dict.fromkeys(moves.PLACES, moves.move),
     "stop_gradient": _stop,
     "dot_general": products.dot_general,
     "ragged_dot_general": products.ragged_dot,
-    "conv_general_dilated": products.convolution,
-    "reshape": structure.reshape,
-    "broadcast_in_dim": structure.broadcast_in_dim,
-    "transpose": structure.transpose,
-    "squeeze": structure.squeeze,
-    "slice": structure.slice_,
-    "split": structure.split,
-    "stack": structure.stack,
-    "unstack": structure.unstack,
-    "concatenate": structure.concatenate,
-    "pad": structure.pad,
+    "conv_general_dilated": convolution,
+    "reshape": moves.reshape,
+    "slice": moves.slice_,
+    "split": moves.split,
+    "stack": moves.stack,
+    "unstack": moves.unstack,
+    "concatenate": moves.concatenate,
+    "pad": moves.pad,
     "gather": lookups.gather,
     "dynamic_slice": lookups.dynamic_slice,
 }

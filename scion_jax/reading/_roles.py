@@ -12,10 +12,12 @@ from jax.extend import source_info_util
 
 from scion_jax.labels import leaf_path
 from scion_jax.reading._control_flow import Reader
+from scion_jax.reading._letters import MATRIX
 from scion_jax.reading._live import differentiable
 from scion_jax.reading._primitives import RULES
-from scion_jax.reading._uses import EMBEDDING, MATRIX, UNKNOWN, VECTOR, WEAK, Use, Uses
-from scion_jax.reading._views import Data, Weight, whole
+from scion_jax.reading._uses import EMBEDDING, UNKNOWN, VECTOR, WEAK, Use, Uses
+from scion_jax.reading._values import Data, Weight
+from scion_jax.reading._views import whole
 
 
 class Role(NamedTuple):
@@ -113,8 +115,8 @@ def read_roles(
         if word == "piece" and ("whole", key) not in uses.notes:
             pieces.setdefault(key, set()).add(more[0])
     found: dict[Any, list[tuple[Any, Use]]] = {}
-    for key, use in uses.found.items():
-        found.setdefault(use.source, []).append((key, use))
+    for use in uses.found:
+        found.setdefault(use.view.source, []).append((use, use))
     roles, places = [], {}
     for n, ((keys, leaf), variable) in enumerate(zip(leaves, jaxpr.invars, strict=False)):
         role = Role(leaf_path(keys), tuple(leaf.shape), "unused", "")
