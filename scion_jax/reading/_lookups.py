@@ -106,13 +106,13 @@ def _looked_up(
         found = moved(value._replace(views=value.views - through), places, old, new)
         return combined([found, *picks])._replace(flat=frozenset(), onehot=frozenset())
     sizes = [new[places.index(d)] if d in places else 1 for d in range(len(old))]
-    value = _without(value, cuts, sizes, "p" if picks else "b")
-    value = changed(value, lambda view: view.moved(places, new), places)
+    weight = _without(value, cuts, sizes, "p" if picks else "b")
+    weight = Weight(*changed(weight, lambda view: view.moved(places, new), places))
     if not picks:
-        return value
-    uses.looked_up |= dict.fromkeys((view.source for view in value.views), uses.place())
-    found = combined(picks)._replace(flat=value.dims())
-    return value._replace(data=combined([value.data, found]) if value.data else found)
+        return weight
+    uses.looked_up |= dict.fromkeys((view.source for view in weight.views), uses.place())
+    found = combined(picks)._replace(flat=weight.dims())
+    return weight._replace(data=combined([weight.data, found]) if weight.data else found)
 
 
 def update(uses: Uses, equation: Any, values: Sequence[Value]) -> Any:

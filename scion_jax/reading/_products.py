@@ -85,7 +85,7 @@ def _sides(contract: Any, batch: Any, ranks: Dims) -> tuple[Side, Side]:
     )
 
 
-def _dot(uses: Uses, values: Sequence[Value], sides: Sequence[Side], shape: Dims) -> Value:
+def _dot(uses: Uses, values: Sequence[Value], sides: tuple[Side, Side], shape: Dims) -> Value:
     pairs = list(zip(values, sides, strict=True))
     weights = [(value, side) for value, side in pairs if isinstance(value, Weight)]
     serve = all(side.both(weight) for weight, side in weights)
@@ -111,7 +111,7 @@ def _dot(uses: Uses, values: Sequence[Value], sides: Sequence[Side], shape: Dims
         case Weight() as weight, Data() as data:
             return _with_data(uses, weight, data, *sides, shape)
         case Data() as data, Weight() as weight:
-            return _with_data(uses, weight, data, *sides[::-1], shape)
+            return _with_data(uses, weight, data, sides[1], sides[0], shape)
     return of_data(uses, values, sides)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from scion_jax.reading._letters import MATRIX, Pairs, complete, letters_of
+from scion_jax.reading._steps import Step
 from scion_jax.reading._values import Data, Weight
 from scion_jax.reading._views import Part, View
 
@@ -58,7 +59,7 @@ class Uses:
     """The uses found so far, and what became of their results.
 
     Attributes:
-        found: The uses that count.
+        found: The uses, each with the steps that it is at.
         notes: What became of their results, each a word, a use, and perhaps more: `"followed"` by a
             product, `"reached"` the outputs, `"demoted"` since it only measured the weight,
             `"suspected"` of being part of a weight that data made, `"whole"` since it is not cut;
@@ -67,18 +68,18 @@ class Uses:
         equation: The equation that is read now.
         callers: Those that it is inside of, inwards.
         looked_up: Where a parameter was looked up last.
-        live: Whether a gradient reaches the output through it.
+        step: Its step; a use counts if a gradient of the outputs reaches it.
         transposed: Whether it is in the transposed half of a derivative.
         inside_custom: Whether it is inside of a function with a derivative of its own.
     """
 
     def __init__(self) -> None:
-        self.found: dict[Use, None] = {}
+        self.found: dict[Use, list[Step]] = {}
         self.notes: dict[tuple[Any, ...], None] = {}
         self.equation: Any = None
         self.callers: list[Any] = []
         self.looked_up: dict[Hashable, tuple[Any, ...]] = {}
-        self.live = True
+        self.step = Step([])
         self.transposed = False
         self.inside_custom = False
         self._known: dict[tuple[Any, ...], Use] = {}
@@ -111,7 +112,7 @@ class Uses:
         problem: str = "",
         where: tuple[Any, ...] = (),
     ) -> Use:
-        """Notes a use, which counts if a gradient goes through it; returns it.
+        """Notes a use, and returns it.
 
         Args:
             kind: What the use makes of the parameter.
@@ -143,8 +144,8 @@ class Uses:
             view, kind, tuple(letters), groups, spans, fresh, self.transposed, equations, problem
         )
         self._known[key] = use
-        if self.live and view.part != Part.STOPPED:
-            self.found[use] = None
+        if view.part != Part.STOPPED:
+            self.found.setdefault(use, []).append(self.step)
         return use
 
     def refuse(self, weight: Weight, problem: str) -> None:
@@ -271,8 +272,7 @@ class Uses:
 
     def is_mixed(self, views: Iterable[View], dim: int) -> bool:
         """Whether a sum along an axis mixes the results of a stack, as of experts; notes that."""
-        before = [(u, axis) for u, axis in self._axes(views, dim) if u in self.found]
-        before = [(u, axis) for u, axis in before if u.kind == MATRIX]
+        before = [(use, axis) for use, axis in self._axes(views, dim) if use.kind == MATRIX]
         if not before or any("i" in use.letters[:axis] for use, axis in before):
             return False
         inputs = all("i" in use.letters[axis:] for use, axis in before)
@@ -283,7 +283,7 @@ class Uses:
     def stack(self, views: Iterable[View], dim: int) -> None:
         """Notes that a later weight has a matrix for each entry along an axis of a result."""
         axes = self._axes(views, dim)
-        found = [(use, axis) for use, axis in axes if use in self.found and use.kind == MATRIX]
+        found = [(use, axis) for use, axis in axes if use.kind == MATRIX]
         if found and not any("i" in use.letters[:axis] for use, axis in found):  # stacks lead
             for use, axis in axes:
                 self.note("stack", [use], axis)

@@ -16,9 +16,9 @@ result is cut into pieces that go separate ways, its views tell which part of th
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PLAIN = -1
 
@@ -62,7 +62,7 @@ class View(NamedTuple):
         part: What the parameter is in the array; one of the words above.
     """
 
-    source: Hashable
+    source: Any
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
     start: tuple[int, ...]
@@ -184,7 +184,7 @@ class View(NamedTuple):
         )
 
 
-def whole(source: Hashable, shape: Sequence[int]) -> View:
+def whole(source: int, shape: Sequence[int]) -> View:
     """Views a parameter as it is."""
     axes = tuple((Factor(axis, 1, size),) for axis, size in enumerate(shape))
     return View(source, tuple(shape), axes, (0,) * len(shape))
