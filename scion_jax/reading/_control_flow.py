@@ -13,11 +13,22 @@ from jax.extend import core
 
 from scion_jax.reading._constants import constant, fold
 from scion_jax.reading._elementwise import FLAT, unknown
+from scion_jax.reading._meetings import entrywise, settle
 from scion_jax.reading._steps import Step, after, differentiable
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import Constant, Data, Value, Weight, changed, combined, moved
+from scion_jax.reading._values import (
+    Constant,
+    Data,
+    Operation,
+    Value,
+    Weight,
+    changed,
+    combined,
+    moved,
+)  # fmt: skip
+from scion_jax.reading._views import Move
 
-Rule = Callable[[Uses, Any, Sequence[Value]], Any]
+Rule = Callable[[Uses, Operation, Sequence[Value]], Any]
 Read = tuple[Value, Step | None]  # a value, and the step that made it, if it has a gradient
 
 _MOST_READINGS = 8
@@ -83,10 +94,13 @@ class Reader:
             return [(value, None) for value in fold(equation, values)]  # pyright: ignore
         is_flat = name in FLAT and not uses.inside_custom
         uses.step = after(() if is_flat else (step for _, step in inputs))
-        results = self.rules.get(name, unknown)(uses, equation, values)
+        shapes = [atom.aval.shape for atom in equation.invars]
+        shape, count = equation.outvars[0].aval.shape, len(equation.outvars)
+        operation = Operation(name, equation.params, shapes, shape, count)
+        results = self.rules.get(name, unknown)(uses, operation, values)
         results = results if isinstance(results, list) else [results]
-        steps = (uses.step if differentiable(v) else None for v in equation.outvars)
-        return list(zip(results, steps, strict=True))
+        pairs = zip(results, equation.outvars, strict=True)
+        return [(value, uses.step if differentiable(atom) else None) for value, atom in pairs]
 
     def _call(self, name: str, equation: Any, inputs: Sequence[Read]) -> list[Read]:
         program = equation.params[_CALLS[name]]
@@ -101,25 +115,25 @@ class Reader:
         self.uses.inside_custom = before
         if name.startswith("custom"):  # its derivative is its own
             steps = [step for _, step in inputs]
-            outputs = [(value, after([step, *steps])) for value, step in outputs]
+            return [(value, after([step, *steps])) for value, step in outputs]
         return outputs
 
     def _scan(self, params: Any, inputs: Sequence[Read]) -> list[Read]:
         fixed, carried = _scan_counts(params)
         program, ends = params["jaxpr"], fixed + carried
-        shapes = [atom.aval.shape for atom in (*program.jaxpr.invars, *program.jaxpr.outvars)]
-        rows = [
-            (moved(value, range(1, len(shape) + 1), (1, *shape), shape), step)
-            for (value, step), shape in zip(inputs[ends:], shapes[ends:], strict=False)
-        ]
+        rows = []
+        for (value, step), atom in zip(inputs[ends:], program.jaxpr.invars[ends:], strict=True):
+            n = atom.aval.shape
+            rows.append((moved(value, Move(range(1, len(n) + 1), (1, *n), n)), step))
         carry, results = self._repeated(
             lambda carry: self.read(program, [*inputs[:fixed], *carry, *rows]), inputs[fixed:ends]
         )
-        stacked = [
-            (moved(value, [None, *range(len(shape))], shape, (params["length"], *shape)), step)
-            for (value, step), shape in zip(results, shapes[len(inputs) :], strict=True)
-        ]
-        return [*carry, *stacked[carried:]]
+        outputs = zip(results[carried:], program.jaxpr.outvars[carried:], strict=True)
+        for (value, step), atom in outputs:
+            n = atom.aval.shape
+            stack = Move([None, *range(len(n))], n, (params["length"], *n))
+            carry.append((moved(value, stack), step))
+        return carry
 
     def _while(self, params: Any, inputs: Sequence[Read]) -> list[Read]:
         inputs = inputs[params["cond_nconsts"] :]
@@ -153,7 +167,7 @@ class Reader:
         self.uses.step = step
         for value in values:
             if isinstance(value, Weight):
-                self.uses.refuse(value, "a loop changes it")
+                self.uses.refuse(value.views, "a loop changes it")
         return [Data() if isinstance(value, Weight) else value for value in values]
 
     def _carried(self, value: Value) -> Value:
@@ -183,7 +197,7 @@ class Reader:
             data = [weight.data for weight in weights if weight.data]
             return Weight(tuple(views), combined(data) if data else None)
         among = datas[0] if datas else None
-        datas += [uses.settle(w) if w.data else uses.entrywise(w, among) for w in weights]
+        datas += [settle(uses, w) if w.data else entrywise(uses, w, among) for w in weights]
         return combined(datas)._replace(onehot=frozenset()) if datas else Constant()
 
 

@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from scion_jax.reading._elementwise import unknown
-from scion_jax.reading._products import Side, of_data, paired, product
+from scion_jax.reading._meetings import entrywise, product, settle
+from scion_jax.reading._products import Side, of_data
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import Constant, Data, Value, Weight
-from scion_jax.reading._views import PLAIN, Factor, Part
+from scion_jax.reading._values import Constant, Data, Operation, Value, Weight
+from scion_jax.reading._views import PLAIN, Factor, Move, Part
 
 
-def convolution(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def convolution(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Follows a convolution: `rhs_spec` tells what is what in the kernel."""
-    params, shape = equation.params, equation.outvars[0].aval.shape
+    params, shape = operation.params, operation.shape
     numbers, (image, kernel) = params["dimension_numbers"], values
     out, inside, *window = numbers.rhs_spec
     if isinstance(image, Weight) and isinstance(kernel, Constant):  # a filter that does not learn
         return image._replace(views=tuple(view.scattered(shape) for view in image.views))
     if isinstance(image, Weight) and image.data:
-        image = uses.settle(image)
+        image = settle(uses, image)
     if isinstance(image, Weight):  # a learned image
         if any(view.dims() & {numbers.lhs_spec[0]} for view in image.views):
-            uses.refuse(image, "it takes the place of the images in a convolution")
-        image = uses.entrywise(image)
+            uses.refuse(image.views, "it takes the place of the images in a convolution")
+        image = entrywise(uses, image)
     if not isinstance(kernel, Weight):
-        everything = Side([], [], range(len(shape)), [])
-        return of_data(uses, [image, kernel], [everything, Side([inside, *window], [], [out], [])])
+        nowhere = Move([], [], [])
+        images = Side([], [], range(len(shape)), nowhere)
+        kernels = Side([inside, *window], [], [out], nowhere)
+        return of_data(uses, [image, kernel], [images, kernels])
     if isinstance(image, Constant) or params["batch_group_count"] != 1:
-        return unknown(uses, equation, [image, kernel])[0]
+        return unknown(uses, operation, [image, kernel])[0]
     letters = {inside: "i", **dict.fromkeys(window, "s")}
     pairs = [
-        paired(view, letters) + _grouped(view.axes[out], params["feature_group_count"])
+        view.paired(letters) + _grouped(view.axes[out], params["feature_group_count"])
         for view in kernel.views
     ]
     places = [out if d == numbers.out_spec[1] else None for d in range(len(shape))]
-    return product(uses, kernel, pairs, image, places, shape)
+    return product(uses, kernel, pairs, image, Move(places, operation.shapes[1], shape))
 
 
 def _grouped(axis: Sequence[Factor], groups: int) -> list[tuple[Factor, str]]:
@@ -55,7 +57,7 @@ def _grouped(axis: Sequence[Factor], groups: int) -> list[tuple[Factor, str]]:
     return [(factor, role) for factor, role in pairs if factor.axis != PLAIN]
 
 
-def summed(uses: Uses, weight: Weight, axes: Sequence[int], shape: Sequence[int]) -> Data | None:
+def summed(uses: Uses, weight: Weight, axes: Sequence[int], move: Move) -> Data | None:
     """A sum of a weight that data scaled is a product written out; None if it is none."""
     data = weight.data
     if data is None or weight.picked or any(view.part != Part.WHOLE for view in weight.views):
@@ -66,6 +68,5 @@ def summed(uses: Uses, weight: Weight, axes: Sequence[int], shape: Sequence[int]
         letters |= {d: "-" if d in axes else "o" for d in view.dims() & data.flat}
         if not {"i", "o"} <= set(letters.values()):
             return None
-        pairs.append(paired(view, letters))
-    kept = [d for d in range(len(weight.views[0].axes)) if d not in axes]
-    return product(uses, weight._replace(data=None), pairs, data, kept, shape)
+        pairs.append(view.paired(letters))
+    return product(uses, weight._replace(data=None), pairs, data, move)

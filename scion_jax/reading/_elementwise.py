@@ -9,11 +9,20 @@ scales. A weight plus something smaller is no weight any more but a learned toke
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from scion_jax.reading._uses import Uses, is_table
-from scion_jax.reading._values import Constant, Data, Value, Weight, combined, foremost, moved
-from scion_jax.reading._views import Part, View
+from scion_jax.reading._meetings import entrywise, settle
+from scion_jax.reading._uses import MATRIX, Uses
+from scion_jax.reading._values import (
+    Constant,
+    Data,
+    Operation,
+    Value,
+    Weight,
+    combined,
+    foremost,
+    moved,
+)  # fmt: skip
+from scion_jax.reading._views import Move, Part, Shape, View
 
 # Linear in its only operand, so that what data picked or scaled is still what it was.
 LINEAR = frozenset(
@@ -38,10 +47,9 @@ _KEEP_SCALED = LINEAR | {"mul", "add", "sub", "select_n"}
 _KEEP_ONEHOT = LINEAR | {"mul", "and", "select_n"}
 
 
-def elementwise(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def elementwise(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Follows an operation entry by entry; scalars and axes of size one are broadcast."""
-    name, shape = equation.primitive.name, equation.outvars[0].aval.shape
-    shapes = [atom.aval.shape for atom in equation.invars]
+    name, _, shapes, shape, _ = operation
     known = [n for n, value in enumerate(values) if not isinstance(value, Constant)]
     if len(known) == 1 and name not in ("eq", "exp") and shapes[known[0]] == shape:
         value = values[known[0]]
@@ -69,14 +77,15 @@ def elementwise(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     return _of_data(uses, name, values, varying)
 
 
-def aligned(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
+def aligned(value: Value, old: Shape, new: Shape) -> Value:
     """Broadcasts scalars and axes of size one."""
     if tuple(old) == tuple(new) or isinstance(value, Constant):
         return value
-    return moved(value, range(len(new)) if len(old) == len(new) else [None] * len(new), old, new)
+    places = range(len(new)) if len(old) == len(new) else [None] * len(new)
+    return moved(value, Move(places, old, new))
 
 
-def _patterned(weight: Weight, varying: frozenset[int], shape: Sequence[int]) -> Weight:
+def _patterned(weight: Weight, varying: frozenset[int], shape: Shape) -> Weight:
     """A weight that a constant changes along an axis varies along it: a diagonal, say."""
     views = tuple(view.scattered(shape, varying - view.dims()) for view in weight.views)
     return weight._replace(views=views) if varying - weight.dims() else weight
@@ -92,7 +101,7 @@ def _met(
         if made is not None:
             return made
     if not datas and not more:
-        return [uses.settle(weight)]
+        return [settle(uses, weight)]
     if not more and len(datas) == 1:
         (data,) = datas
         if name in ("add", "sub") and data.cotangent and not uses.transposed:
@@ -114,7 +123,9 @@ def _bent(uses: Uses, name: str, weight: Weight, divided: bool) -> Weight | None
 
 def _scaled(uses: Uses, weight: Weight, data: Data) -> Weight:
     """Data that is constant along some axis of a weight scales it."""
-    uses.demote(weight, data.pending)
+    sources = {view.source for view in weight.views}
+    measured = [use for use in data.pending if use.kind == MATRIX and use.view.source in sources]
+    uses.note("demoted", measured)  # as for a norm of it
     uses.consume(data.views)
     data = data._replace(views=frozenset())
     if weight.data is not None:
@@ -125,13 +136,13 @@ def _scaled(uses: Uses, weight: Weight, data: Data) -> Weight:
 
 def _as_data(uses: Uses, weight: Weight, data: Data | None = None, added: bool = True) -> Data:
     if weight.data is None:
-        return uses.entrywise(weight, data, added)
+        return entrywise(uses, weight, data, added)
     itself = any(view.source in weight.data.chosen for view in weight.views)  # the nearest code
     if not weight.picked or itself or weight.data.fresh:
-        return uses.settle(weight)
+        return settle(uses, weight)
     role = "b" if weight.dims() else "o"  # rows that a router picked
     rows = Weight(tuple(view.relabelled({"p": role}) for view in weight.views))
-    part = uses.entrywise(rows, data or weight.data)
+    part = entrywise(uses, rows, data or weight.data)
     return combined([part, weight.data._replace(views=frozenset(), onehot=frozenset())])
 
 
@@ -194,27 +205,26 @@ def _onehot(name: str, values: Sequence[Value], before: frozenset[int]) -> froze
 
 def _uncut(uses: Uses, name: str, parts: Sequence[Data], views: Iterable[View]) -> frozenset[View]:
     """Finds the results that go on in a result of several; the others are not cut any more."""
-    left = [view for view in views if is_table(view) or not uses.consumed(view)]
+    left = uses.unused(views)
     if left and name in SUMS and name != "select_n":  # a residual stream is not cut into parts
         for part in parts:
             moving = {dim for view in part.views if view in left for dim in view.dims()}
             axes = {view: view.dims() - part.flat for view in left if view not in part.views}
-            alone = [view for view, dims in axes.items() if dims and not dims & moving]
-            uses.consume(alone)
-        left = [view for view in left if is_table(view) or not uses.consumed(view)]
+            uses.consume(view for view, dims in axes.items() if dims and not dims & moving)
+        left = uses.unused(left)
     return frozenset(left)
 
 
-def unknown(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
+def unknown(uses: Uses, operation: Operation, values: Sequence[Value]) -> list[Value]:
     """What no rule is known for: data goes on, and parameters are refused."""
     parts = []
     for value in values:
         if isinstance(value, Weight) and value.picked:
-            parts.append(uses.settle(value))
+            parts.append(settle(uses, value))
         elif isinstance(value, Weight):
-            uses.refuse(value, f"{equation.primitive.name} is no operation that reading follows")
+            uses.refuse(value.views, f"{operation.name} is no operation that reading follows")
             parts.append(value.data or Data())
         elif isinstance(value, Data):
             parts.append(value)
     uses.consume(view for part in parts for view in part.views)
-    return [combined([part.bare() for part in parts])] * len(equation.outvars)
+    return [combined([part.bare() for part in parts])] * operation.results

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scion_jax.reading._letters import MATRIX
-from scion_jax.reading._uses import VECTOR, WEAK, Use
+from scion_jax.reading._uses import MATRIX, VECTOR, WEAK, Use
 
 Notes = Mapping[Use, set[tuple[Any, ...]]]  # what became of the results of uses
 

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 
 from scion_jax.reading._views import Factor
 
-MATRIX = "matrix"
-
 Pairs = Iterable[tuple[Factor, str]]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from scion_jax.reading._convolutions import summed
 from scion_jax.reading._elementwise import stopped, unknown
+from scion_jax.reading._meetings import entrywise, settle
 from scion_jax.reading._uses import Uses
 from scion_jax.reading._values import (
     Constant,
     Data,
+    Operation,
     Value,
     Weight,
     changed,
@@ -20,26 +22,7 @@ from scion_jax.reading._values import (
     foremost,
     moved,
 )  # fmt: skip
-
-Shape = Sequence[int]
-
-
-def shapes(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of the first operand and of the first result."""
-    return equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-
-
-def _repeated(params: Any, old: Shape, new: Shape) -> Sequence[int | None]:
-    places = list(params["broadcast_dimensions"])
-    return [places.index(d) if d in places else None for d in range(len(new))]
-
-
-# For each axis of the result, the axis of the operand.
-PLACES: Mapping[str, Callable[[Any, Shape, Shape], Sequence[int | None]]] = {
-    "broadcast_in_dim": _repeated,
-    "transpose": lambda params, old, new: params["permutation"],
-    "squeeze": lambda params, old, new: without(old, params["dimensions"]),
-}
+from scion_jax.reading._views import Move, Shape
 
 
 def without(shape: Shape, axes: Sequence[int]) -> list[int]:
@@ -47,27 +30,42 @@ def without(shape: Shape, axes: Sequence[int]) -> list[int]:
     return [dim for dim in range(len(shape)) if dim not in axes]
 
 
-def move(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
-    """Permutes axes, adds some, or drops some."""
-    old, new = shapes(equation)
-    places = PLACES[equation.primitive.name](equation.params, old, new)
-    return moved(values[0], places, old, new)
+def broadcast_in_dim(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
+    """Adds axes, or repeats along them."""
+    old, new = operation.shapes[0], operation.shape
+    places = list(operation.params["broadcast_dimensions"])
+    dims = [places.index(d) if d in places else None for d in range(len(new))]
+    return moved(values[0], Move(dims, old, new))
 
 
-def reshape(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def transpose(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
+    """Permutes axes."""
+    order = operation.params["permutation"]
+    return moved(values[0], Move(order, operation.shapes[0], operation.shape))
+
+
+def squeeze(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
+    """Drops axes of size one."""
+    old = operation.shapes[0]
+    kept = without(old, operation.params["dimensions"])
+    return moved(values[0], Move(kept, old, operation.shape))
+
+
+def reshape(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Splits and merges axes."""
-    (old, new), (value, *_), order = shapes(equation), values, equation.params["dimensions"]
+    value, old, new = values[0], operation.shapes[0], operation.shape
+    order = operation.params["dimensions"]
     if order is not None:  # permutes them first
-        permuted = [old[d] for d in order]
-        value, old = moved(value, order, old, permuted), permuted
+        move = Move(order, old, [old[d] for d in order])
+        value, old = moved(value, move), move.new
     ends = {(math.prod(old[:d]), n): d for d, n in enumerate(old)}
     dims = [ends.get((math.prod(new[:d]), n)) if n > 1 else None for d, n in enumerate(new)]
     return changed(value, lambda view: view.reshaped(new), dims)
 
 
-def along_axes(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def along_axes(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Changes order, number or values along axes: a flip, a repetition, a sum so far."""
-    (old, new), params = shapes(equation), equation.params
+    (old, *_), new, params = operation.shapes, operation.shape, operation.params
     axes = [d for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
     axes += [params["axis"]] if "axis" in params else []
     axes += range(len(old) - len(params.get("fft_lengths", ())), len(old))
@@ -77,20 +75,20 @@ def along_axes(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
     return changed(values[0], lambda view: view.spread(sizes), range(len(old)))
 
 
-def slice_(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def slice_(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Takes a part along each axis."""
-    old, params = equation.invars[0].aval.shape, equation.params
+    old, params = operation.shapes[0], operation.params
     steps = params["strides"] or (1,) * len(old)
     bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
     return cut(values[0], old, bounds)
 
 
-def split(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
+def split(uses: Uses, operation: Operation, values: Sequence[Value]) -> list[Value]:
     """Cuts along one axis."""
-    return _cut_along(values[0], shapes(equation)[0], **equation.params)
+    return _cut_along(values[0], operation.shapes[0], **operation.params)
 
 
-def _cut_along(value: Value, shape: Shape, sizes: Shape, axis: int) -> list[Value]:
+def _cut_along(value: Value, shape: Shape, sizes: Sequence[int], axis: int) -> list[Value]:
     parts, bounds, start = [], [(0, size, 1) for size in shape], 0
     for size in map(int, sizes):
         bounds[axis] = start, start + size, 1
@@ -99,33 +97,33 @@ def _cut_along(value: Value, shape: Shape, sizes: Shape, axis: int) -> list[Valu
     return parts
 
 
-def unstack(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
+def unstack(uses: Uses, operation: Operation, values: Sequence[Value]) -> list[Value]:
     """Takes the arrays along one axis apart."""
-    axis, (old, new) = equation.params["axis"], shapes(equation)
-    parts, dims = _cut_along(values[0], old, [1] * old[axis], axis), without(old, [axis])
-    return [moved(part, dims, old, new) for part in parts]
+    axis, old = operation.params["axis"], operation.shapes[0]
+    parts, move = _cut_along(values[0], old, [1] * old[axis], axis), without(old, [axis])
+    return [moved(part, Move(move, old, operation.shape)) for part in parts]
 
 
-def stack(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def stack(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Puts arrays side by side on a new axis."""
-    axis, (old, new) = equation.params["axis"], shapes(equation)
-    dims = [*range(axis), None, *range(axis, len(old))]
-    return _together(uses, [moved(value, dims, old, new) for value in values], axis, new)
+    axis, old, new = operation.params["axis"], operation.shapes[0], operation.shape
+    move = Move([*range(axis), None, *range(axis, len(old))], old, new)
+    return _together(uses, [moved(value, move) for value in values], axis, new)
 
 
-def concatenate(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def concatenate(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Puts arrays side by side."""
-    return _together(uses, values, equation.params["dimension"], equation.outvars[0].aval.shape)
+    return _together(uses, values, operation.params["dimension"], operation.shape)
 
 
 def _together(uses: Uses, values: Sequence[Value], axis: int, new: Shape) -> Value:
     weights = [value for value in values if isinstance(value, Weight)]
     datas = [value for value in values if isinstance(value, Data)]
+    sizes = {axis: new[axis]}
     if not datas and not any(weight.data for weight in weights):
-        views = [view.spread({axis: new[axis]}) for weight in weights for view in weight.views]
-        return Weight(foremost(views))
+        return Weight(foremost(view.spread(sizes) for weight in weights for view in weight.views))
     among = datas[0] if datas else None
-    datas += [uses.settle(w) if w.data else uses.entrywise(w, among) for w in weights]
+    datas += [settle(uses, w) if w.data else entrywise(uses, w, among) for w in weights]
     along = [[view for view in data.views if view.own(axis)] for data in datas]
     for source in {view.source for views in along for view in views}:
         spans = [[v.spans() for v in views if v.source == source] for views in along]
@@ -136,47 +134,47 @@ def _together(uses: Uses, values: Sequence[Value], axis: int, new: Shape) -> Val
         for span in pieces:
             uses.note("piece", [source], span)
     joined = combined(datas)
-    kept = frozenset(v.spread({axis: new[axis]}) for v in joined.views if not v.own(axis))
+    kept = frozenset(view.spread(sizes) for view in joined.views if not view.own(axis))
     return joined._replace(views=kept, flat=joined.flat - {axis}, onehot=frozenset())
 
 
-def pad(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def pad(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Puts constants around and between, or takes away at the ends."""
-    (old, new), config = shapes(equation), equation.params["padding_config"]
+    old, config = operation.shapes[0], operation.params["padding_config"]
     if not isinstance(values[1], Constant):
-        return unknown(uses, equation, values)[0]
+        return unknown(uses, operation, values)[0]
     less = [low <= 0 and high <= 0 and not inner for low, high, inner in config]
     ends = [(-low, n + high, 1) for (low, high, _), n in zip(config, old, strict=True)]
     bounds = [end if a else (0, n, 1) for a, end, n in zip(less, ends, old, strict=True)]
-    sizes = {dim: new[dim] for dim, is_less in enumerate(less) if not is_less}
+    sizes = {dim: operation.shape[dim] for dim, is_less in enumerate(less) if not is_less}
     value = cut(values[0], old, bounds)
     return changed(value, lambda view: view.spread(sizes), range(len(old)))
 
 
-def reduce(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def reduce(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Takes axes together: a statistic of a weight, or a sum of a product that is written out."""
-    axes, name = equation.params["axes"], equation.primitive.name
-    (old, new), value = shapes(equation), values[0]
+    axes, old, value = operation.params["axes"], operation.shapes[0], values[0]
+    move, name = Move(without(old, axes), old, operation.shape), operation.name
     if isinstance(value, Weight) and value.data and axes:
-        made = summed(uses, value, axes, new) if name == "reduce_sum" else None
+        made = summed(uses, value, axes, move) if name == "reduce_sum" else None
         if made is not None:
             return made
-        value = uses.settle(value) if value.picked else value
+        value = settle(uses, value) if value.picked else value
     if isinstance(value, Data):
-        return moved(_reduced(uses, name, value, axes), without(old, axes), old, new)
-    value = moved(value, without(old, axes), old, new, "-")
+        return moved(_reduced(uses, name, value, axes), move)
+    value = moved(value, move, "-")
     return stopped(value) if name.startswith("arg") else value
 
 
-def _reduced(uses: Uses, name: str, data: Data, axes: Shape) -> Data:
+def _reduced(uses: Uses, name: str, data: Data, axes: Sequence[int]) -> Data:
     """What a reduction says of data, before its axes go."""
     if name.startswith("arg"):  # no gradient goes on
-        chosen = {use.view.source for use in data.pending}
+        chosen: frozenset[Any] = frozenset(use.view.source for use in data.pending)
         data = data._replace(pending=frozenset(), chosen=data.chosen | chosen)
     if data.soft:  # the sum that scores are divided by
         data = data._replace(suspects=frozenset(), soft=False)
     for dim in axes if name == "reduce_sum" else ():  # the sum over a stack, as of an ensemble
-        uses.is_mixed([view for view in data.views if view.dims() - {*axes}], dim)
+        uses.stack([view for view in data.views if view.dims() - {*axes}], dim, summed=True)
     whole = frozenset(view for view in data.views if axes and view.own(*axes))
     uses.consume(whole)
     return data._replace(views=data.views - whole)

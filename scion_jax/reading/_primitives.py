@@ -1,14 +1,13 @@
 """The primitives that a parameter may pass through, and who follows each.
 
 The list is closed: a parameter that meets any other primitive is refused, since nobody knows what
-it is then. To add one: a function of the uses, the equation and its values that returns the value
+it is then. To add one: a function of the uses, the operation and its values that returns the value
 of the result (a list, if there are several), and a line here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from scion_jax.reading import _lookups as lookups
 from scion_jax.reading import _moves as moves
@@ -17,15 +16,15 @@ from scion_jax.reading._control_flow import Rule
 from scion_jax.reading._convolutions import convolution
 from scion_jax.reading._elementwise import LINEAR, SEVERAL, UNARY, elementwise, stopped
 from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import Data, Value, Weight
+from scion_jax.reading._values import Data, Operation, Value, Weight
 
 
-def _each(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
+def _each(uses: Uses, operation: Operation, values: Sequence[Value]) -> list[Value]:
     """Several operands, each for itself."""
     return list(values)
 
 
-def _stop(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def _stop(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     (value,) = values
     if isinstance(value, Data):
         return value._replace(pending=frozenset())
@@ -41,11 +40,13 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS.split(), moves.reduce),
     **dict.fromkeys(_ALONG_AXES.split(), moves.along_axes),
     **dict.fromkeys("scatter scatter-add dynamic_update_slice".split(), lookups.update),
-    **dict.fromkeys(moves.PLACES, moves.move),
     "stop_gradient": _stop,
     "dot_general": products.dot_general,
     "ragged_dot_general": products.ragged_dot,
     "conv_general_dilated": convolution,
+    "broadcast_in_dim": moves.broadcast_in_dim,
+    "transpose": moves.transpose,
+    "squeeze": moves.squeeze,
     "reshape": moves.reshape,
     "slice": moves.slice_,
     "split": moves.split,

@@ -13,10 +13,10 @@ from jax.extend import source_info_util
 from scion_jax.labels import leaf_path
 from scion_jax.reading._control_flow import Reader
 from scion_jax.reading._layouts import Notes, layout_of
-from scion_jax.reading._letters import MATRIX
+from scion_jax.reading._meetings import settle
 from scion_jax.reading._primitives import RULES
 from scion_jax.reading._steps import Step, after
-from scion_jax.reading._uses import EMBEDDING, UNKNOWN, VECTOR, WEAK, Use
+from scion_jax.reading._uses import EMBEDDING, MATRIX, UNKNOWN, VECTOR, WEAK, Use
 from scion_jax.reading._values import Data, Weight
 from scion_jax.reading._views import whole
 
@@ -105,7 +105,7 @@ def read_roles(
     outputs = reader.read(closed, [*zip(weights, roots, strict=True), *[data] * len(others)])
     uses.step = after(step for _, step in outputs)
     for value, step in outputs:
-        value = uses.settle(value) if isinstance(value, Weight) and value.data else value
+        value = settle(uses, value) if isinstance(value, Weight) and value.data else value
         if isinstance(value, Data) and step is not None:
             uses.consume(value.views)
             uses.note("reached", value.pending)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from scion_jax.reading._views import Part, View
+from scion_jax.reading._views import Move, Part, Shape, View
 
 _NONE: frozenset[Any] = frozenset()
 
@@ -102,6 +102,24 @@ class Weight(NamedTuple):
 Value = Constant | Weight | Data
 
 
+class Operation(NamedTuple):
+    """An equation of a program.
+
+    Attributes:
+        name: Name of its primitive.
+        params: Its parameters.
+        shapes: Shapes of its operands.
+        shape: Shape of its result, or of the first of them.
+        results: How many there are.
+    """
+
+    name: str
+    params: Any
+    shapes: Sequence[Shape]
+    shape: Shape
+    results: int = 1
+
+
 def combined(parts: Sequence[Data]) -> Data:
     """What comes of several data that meet."""
     if len(parts) == 1:
@@ -157,23 +175,15 @@ def changed(value: Value, change: Callable[[View], View], dims: Sequence[int | N
     )
 
 
-def moved(
-    value: Value,
-    dims: Sequence[int | None],
-    old: Sequence[int],
-    new: Sequence[int],
-    role: str = "b",
-) -> Any:
+def moved(value: Value, move: Move, role: str = "b") -> Any:
     """Puts axes elsewhere, drops some, which get a role, or repeats along new ones."""
-    value = changed(value, lambda view: view.moved(dims, new, role), dims)
-    pairs = enumerate(zip(dims, new, strict=True))
-    flat = frozenset([n for n, (d, size) in pairs if size > 1 and (d is None or old[d] == 1)])
+    value, flat = changed(value, lambda view: view.moved(move, role), move.places), move.repeated()
     if isinstance(value, Weight) and value.data:
         return value._replace(data=value.data._replace(flat=value.data.flat | flat))
     return value._replace(flat=value.flat | flat) if isinstance(value, Data) else value
 
 
-def cut(value: Value, old: Sequence[int], bounds: Iterable[tuple[int, int, int]]) -> Any:
+def cut(value: Value, old: Shape, bounds: Iterable[tuple[int, int, int]]) -> Any:
     """Takes a part along each axis: from, to, in steps of."""
     parts = [
         (dim, *bound)

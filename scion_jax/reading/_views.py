@@ -48,6 +48,26 @@ class Factor(NamedTuple):
 
 
 Axis = tuple[Factor, ...]
+Shape = Sequence[int]
+
+
+class Move(NamedTuple):
+    """Where the axes of an array go.
+
+    Attributes:
+        places: For each axis of the result the axis of the operand, or None for a new one.
+        old: Shape of the operand.
+        new: Shape of the result.
+    """
+
+    places: Sequence[int | None]
+    old: Shape
+    new: Shape
+
+    def repeated(self) -> frozenset[int]:
+        """Finds the axes of the result along which the operand is repeated."""
+        pairs = enumerate(zip(self.places, self.new, strict=True))
+        return frozenset([n for n, (d, m) in pairs if m > 1 and (d is None or self.old[d] == 1)])
 
 
 class View(NamedTuple):
@@ -79,14 +99,15 @@ class View(NamedTuple):
         pairs = enumerate(self.axes)
         return frozenset([d for d, axis in pairs for a, _, n in axis if a != PLAIN and n > 1])
 
-    def moved(self, dims: Sequence[int | None], sizes: Sequence[int], role: str = "b") -> View:
-        """Puts axes elsewhere: `dims` names the old axis of every new one, None for a new one.
+    def paired(self, roles: Mapping[int, str]) -> list[tuple[Factor, str]]:
+        """Pairs the factors on some axes of the array with the roles that those have."""
+        return [(factor, roles[dim]) for dim in roles for factor in self.own(dim)]
 
-        Those that are not named are gone, with a role; so are those that are broadcast.
-        """
+    def moved(self, move: Move, role: str = "b") -> View:
+        """Puts axes elsewhere; those that go, or are repeated, get a role."""
         axes = []
-        lost = [f for d in range(len(self.axes)) if d not in dims for f in self.own(d)]
-        for dim, size in zip(dims, sizes, strict=True):
+        lost = [f for d in range(len(self.axes)) if d not in move.places for f in self.own(d)]
+        for dim, size in zip(move.places, move.new, strict=True):
             axis = () if dim is None else self.axes[dim]
             if size != 1 and _size(axis) == 1:  # broadcast
                 lost += () if dim is None else self.own(dim)
@@ -95,7 +116,7 @@ class View(NamedTuple):
         gone = self.gone + tuple([(factor, role) for factor in lost])
         return self._replace(axes=tuple(axes), gone=gone)
 
-    def reshaped(self, shape: Sequence[int]) -> View:
+    def reshaped(self, shape: Shape) -> View:
         """Splits and merges axes."""
         factors = [f for axis in self.axes for f in axis if f.size != 1]
         if math.prod(f.size for f in factors) != math.prod(shape) or 0 in shape:
@@ -139,7 +160,7 @@ class View(NamedTuple):
             axes[dim] = anywhere(self.own(dim), size)
         return self._replace(axes=tuple(axes))
 
-    def scattered(self, shape: Sequence[int], dims: Iterable[int] | None = None) -> View:
+    def scattered(self, shape: Shape, dims: Iterable[int] | None = None) -> View:
         """Forgets which axis of the parameter is where, on all or some axes of the array."""
         own = self.own()
         dims = range(len(shape)) if dims is None else dims
@@ -184,7 +205,7 @@ class View(NamedTuple):
         )
 
 
-def whole(source: int, shape: Sequence[int]) -> View:
+def whole(source: int, shape: Shape) -> View:
     """Views a parameter as it is."""
     axes = tuple((Factor(axis, 1, size),) for axis, size in enumerate(shape))
     return View(source, tuple(shape), axes, (0,) * len(shape))
