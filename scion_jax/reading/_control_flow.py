@@ -5,27 +5,20 @@ A loop is read until what it carries does not change any more; only the last rea
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
 
+from scion_jax.reading._axes import changed, moved
 from scion_jax.reading._constants import constant, fold
 from scion_jax.reading._elementwise import FLAT, unknown
-from scion_jax.reading._meetings import entrywise, settle
+from scion_jax.reading._meetings import settle
 from scion_jax.reading._steps import Step, after, differentiable
-from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import (
-    Constant,
-    Data,
-    Operation,
-    Value,
-    Weight,
-    changed,
-    combined,
-    moved,
-)  # fmt: skip
+from scion_jax.reading._uses import Operation, Uses
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, combined
 from scion_jax.reading._views import Move
 
 Rule = Callable[[Uses, Operation, Sequence[Value]], Any]
@@ -69,11 +62,6 @@ class Reader:
             uses.equation = equation
             uses.transposed = transposed or self._is_transposed(equation.source_info.name_stack)
             results = self._follow(equation, [look_up(atom) for atom in equation.invars])
-            if uses.transposed:
-                results = [
-                    (value._replace(cotangent=True) if isinstance(value, Data) else value, step)
-                    for value, step in results
-                ]
             known.update(zip(equation.outvars, results, strict=True))
             uses.transposed = transposed
         return [look_up(atom) for atom in jaxpr.outvars]
@@ -90,15 +78,18 @@ class Reader:
         if name in self._inside:
             return self._inside[name](equation.params, inputs)
         values = [value for value, _ in inputs]
+        shapes = [atom.aval.shape for atom in equation.invars]
+        count = len(equation.outvars)
+        shape = equation.outvars[0].aval.shape if count else ()
+        operation = Operation(name, equation.params, shapes, shape, count)
         if all(isinstance(value, Constant) for value in values):
-            return [(value, None) for value in fold(equation, values)]  # pyright: ignore
+            return [(fold(operation, values), None)] * count  # pyright: ignore[reportArgumentType]
         is_flat = name in FLAT and not uses.inside_custom
         uses.step = after(() if is_flat else (step for _, step in inputs))
-        shapes = [atom.aval.shape for atom in equation.invars]
-        shape, count = equation.outvars[0].aval.shape, len(equation.outvars)
-        operation = Operation(name, equation.params, shapes, shape, count)
         results = self.rules.get(name, unknown)(uses, operation, values)
         results = results if isinstance(results, list) else [results]
+        if uses.transposed:
+            results = [v._replace(cotangent=True) if isinstance(v, Data) else v for v in results]
         pairs = zip(results, equation.outvars, strict=True)
         return [(value, uses.step if differentiable(atom) else None) for value, atom in pairs]
 
@@ -125,9 +116,8 @@ class Reader:
         for (value, step), atom in zip(inputs[ends:], program.jaxpr.invars[ends:], strict=True):
             n = atom.aval.shape
             rows.append((moved(value, Move(range(1, len(n) + 1), (1, *n), n)), step))
-        carry, results = self._repeated(
-            lambda carry: self.read(program, [*inputs[:fixed], *carry, *rows]), inputs[fixed:ends]
-        )
+        read = functools.partial(self._read_body, program, inputs[:fixed], rows)
+        carry, results = self._repeated(read, inputs[fixed:ends])
         outputs = zip(results[carried:], program.jaxpr.outvars[carried:], strict=True)
         for (value, step), atom in outputs:
             n = atom.aval.shape
@@ -137,10 +127,12 @@ class Reader:
 
     def _while(self, params: Any, inputs: Sequence[Read]) -> list[Read]:
         inputs = inputs[params["cond_nconsts"] :]
-        fixed, carry = inputs[: params["body_nconsts"]], inputs[params["body_nconsts"] :]
-        return self._repeated(
-            lambda carry: self.read(params["body_jaxpr"], [*fixed, *carry]), carry
-        )[0]
+        fixed, program = params["body_nconsts"], params["body_jaxpr"]
+        read = functools.partial(self._read_body, program, inputs[:fixed], ())
+        return self._repeated(read, inputs[fixed:])[0]
+
+    def _read_body(self, program: Any, fixed: Any, rows: Any, carry: Any) -> list[Read]:
+        return self.read(program, [*fixed, *carry, *rows])
 
     def _repeated(
         self, read: Callable[..., list[Read]], starts: Sequence[Read]
@@ -175,8 +167,7 @@ class Reader:
             return Constant()
         if isinstance(value, Data):
             self.uses.consume(value.views)
-            none = frozenset()
-            return value._replace(views=none, flat=none, onehot=none)
+            return value._replace(views=NONE, flat=NONE, onehot=NONE)
         return value
 
     def _cond(self, params: Any, inputs: Sequence[Read]) -> list[Read]:
@@ -197,8 +188,8 @@ class Reader:
             data = [weight.data for weight in weights if weight.data]
             return Weight(tuple(views), combined(data) if data else None)
         among = datas[0] if datas else None
-        datas += [settle(uses, w) if w.data else entrywise(uses, w, among) for w in weights]
-        return combined(datas)._replace(onehot=frozenset()) if datas else Constant()
+        datas += [settle(uses, weight, among) for weight in weights]
+        return combined(datas)._replace(onehot=NONE) if datas else Constant()
 
 
 def _resized(values: Sequence[Read], old: Sequence[Any], new: Sequence[Any]) -> list[Read]:

@@ -1,4 +1,4 @@
-"""Convolutions, and products that are written out as a multiplication and a sum."""
+"""Convolutions: products along windows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from scion_jax.reading._elementwise import unknown
-from scion_jax.reading._meetings import entrywise, product, settle
+from scion_jax.reading._meetings import product, settle
 from scion_jax.reading._products import Side, of_data
-from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import Constant, Data, Operation, Value, Weight
-from scion_jax.reading._views import PLAIN, Factor, Move, Part
+from scion_jax.reading._uses import Operation, Uses
+from scion_jax.reading._values import Constant, Value, Weight
+from scion_jax.reading._views import PLAIN, Factor, Move
 
 
 def convolution(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
@@ -20,12 +20,10 @@ def convolution(uses: Uses, operation: Operation, values: Sequence[Value]) -> Va
     out, inside, *window = numbers.rhs_spec
     if isinstance(image, Weight) and isinstance(kernel, Constant):  # a filter that does not learn
         return image._replace(views=tuple(view.scattered(shape) for view in image.views))
-    if isinstance(image, Weight) and image.data:
-        image = settle(uses, image)
-    if isinstance(image, Weight):  # a learned image
-        if any(view.dims() & {numbers.lhs_spec[0]} for view in image.views):
+    if isinstance(image, Weight):
+        if image.data is None and image.dims() & {numbers.lhs_spec[0]}:
             uses.refuse(image.views, "it takes the place of the images in a convolution")
-        image = entrywise(uses, image)
+        image = settle(uses, image)  # a learned image
     if not isinstance(kernel, Weight):
         nowhere = Move([], [], [])
         images = Side([], [], range(len(shape)), nowhere)
@@ -55,18 +53,3 @@ def _grouped(axis: Sequence[Factor], groups: int) -> list[tuple[Factor, str]]:
             pairs.append((inner, "o"))
         groups //= shared
     return [(factor, role) for factor, role in pairs if factor.axis != PLAIN]
-
-
-def summed(uses: Uses, weight: Weight, axes: Sequence[int], move: Move) -> Data | None:
-    """A sum of a weight that data scaled is a product written out; None if it is none."""
-    data = weight.data
-    if data is None or weight.picked or any(view.part != Part.WHOLE for view in weight.views):
-        return None
-    pairs = []
-    for view in weight.views:
-        letters = {d: "i" if d in axes else "b" for d in view.dims() - data.flat}
-        letters |= {d: "-" if d in axes else "o" for d in view.dims() & data.flat}
-        if not {"i", "o"} <= set(letters.values()):
-            return None
-        pairs.append(view.paired(letters))
-    return product(uses, weight._replace(data=None), pairs, data, move)

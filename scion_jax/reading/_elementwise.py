@@ -10,18 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from scion_jax.reading._axes import moved
 from scion_jax.reading._meetings import entrywise, settle
-from scion_jax.reading._uses import MATRIX, Uses
-from scion_jax.reading._values import (
-    Constant,
-    Data,
-    Operation,
-    Value,
-    Weight,
-    combined,
-    foremost,
-    moved,
-)  # fmt: skip
+from scion_jax.reading._uses import MATRIX, Operation, Uses
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, combined, foremost
 from scion_jax.reading._views import Move, Part, Shape, View
 
 # Linear in its only operand, so that what data picked or scaled is still what it was.
@@ -55,21 +47,15 @@ def elementwise(uses: Uses, operation: Operation, values: Sequence[Value]) -> Va
         value = values[known[0]]
         if isinstance(value, Data) and not value.flat and not value.onehot:
             return value  # as most are: nothing about it changes
-    varying = frozenset(  # axes along which a constant changes things
-        dim
-        for value, old in zip(values, shapes, strict=True)
-        if isinstance(value, Constant)
-        for dim, size in enumerate(old)
-        if size > 1
-    )
-    values = [aligned(v, old, shape) for v, old in zip(values, shapes, strict=True)]
-    if sum(isinstance(value, Weight) for value in values) > 1:
+    constants = [n for n, value in zip(shapes, values, strict=True) if isinstance(value, Constant)]
+    varying = frozenset(d for old in constants for d, size in enumerate(old) if size > 1)
+    values = [_aligned(v, old, shape) for v, old in zip(values, shapes, strict=True)]
+    if len(known) > 1 and sum(isinstance(value, Weight) for value in values) > 1:
         values = [_as_data(uses, v) if isinstance(v, Weight) and v.picked else v for v in values]
     weights = [_patterned(v, varying, shape) for v in values if isinstance(v, Weight)]
     if weights:
         datas = [value for value in values if isinstance(value, Data)]
-        divided = name == "div" and isinstance(values[0], Weight)
-        met = _met(uses, name, weights, datas, divided)
+        met = _met(uses, name, weights, datas, isinstance(values[0], Weight))
         if isinstance(met, Weight):
             return met
         left = iter(met)
@@ -77,12 +63,10 @@ def elementwise(uses: Uses, operation: Operation, values: Sequence[Value]) -> Va
     return _of_data(uses, name, values, varying)
 
 
-def aligned(value: Value, old: Shape, new: Shape) -> Value:
-    """Broadcasts scalars and axes of size one."""
-    if tuple(old) == tuple(new) or isinstance(value, Constant):
+def _aligned(value: Value, old: Shape, new: Shape) -> Value:
+    if old == new or isinstance(value, Constant):
         return value
-    places = range(len(new)) if len(old) == len(new) else [None] * len(new)
-    return moved(value, Move(places, old, new))
+    return moved(value, Move(range(len(new)) if old else [None] * len(new), old, new))
 
 
 def _patterned(weight: Weight, varying: frozenset[int], shape: Shape) -> Weight:
@@ -92,33 +76,28 @@ def _patterned(weight: Weight, varying: frozenset[int], shape: Shape) -> Weight:
 
 
 def _met(
-    uses: Uses, name: str, weights: Sequence[Weight], datas: Sequence[Data], divided: bool
+    uses: Uses, name: str, weights: Sequence[Weight], datas: Sequence[Data], is_left: bool
 ) -> Weight | list[Data]:
     """What weights become: a weight, or data, each for itself."""
     weight, *more = weights
-    if not datas:
-        made = merged(name, weights) if more else _bent(uses, name, weight, divided)
+    scales = name == "mul" or (name == "div" and is_left)
+    if not datas and more:
+        made = merged(name, weights)
         if made is not None:
             return made
-    if not datas and not more:
-        return [settle(uses, weight)]
-    if not more and len(datas) == 1:
-        (data,) = datas
-        if name in ("add", "sub") and data.cotangent and not uses.transposed:
+    elif not datas:
+        if weight.data is None or scales or name in _KEEP_SCALED:
+            return stopped(weight) if name in FLAT and not uses.inside_custom else weight
+        if weight.picked or len(weight.dims()) < 2:
+            return [settle(uses, weight)]
+        return weight.as_part(Part.LOST)
+    elif not more and len(datas) == 1:
+        if name in ("add", "sub") and datas[0].cotangent and not uses.transposed:
             return weight  # a step along a gradient
-        if (name == "mul" or divided) and weight.dims() & data.flat:
-            return _scaled(uses, weight, data)
+        if scales and weight.dims() & datas[0].flat:
+            return _scaled(uses, weight, datas[0])
     others = combined(datas) if datas else None
     return [_as_data(uses, weight, others, name in SUMS) for weight in weights]
-
-
-def _bent(uses: Uses, name: str, weight: Weight, divided: bool) -> Weight | None:
-    """What a function of a weight is, if it is a weight still."""
-    if weight.data is None or name in _KEEP_SCALED or divided:
-        return stopped(weight) if name in FLAT and not uses.inside_custom else weight
-    if weight.picked or len(weight.dims()) < 2:
-        return None
-    return weight.as_part(Part.LOST)
 
 
 def _scaled(uses: Uses, weight: Weight, data: Data) -> Weight:
@@ -127,11 +106,9 @@ def _scaled(uses: Uses, weight: Weight, data: Data) -> Weight:
     measured = [use for use in data.pending if use.kind == MATRIX and use.view.source in sources]
     uses.note("demoted", measured)  # as for a norm of it
     uses.consume(data.views)
-    data = data._replace(views=frozenset())
-    if weight.data is not None:
-        both = combined([weight.data, data])
-        data = both._replace(fresh=weight.data.fresh) if weight.picked else both
-    return weight._replace(data=data)
+    both = combined([weight.data, data._replace(views=NONE)] if weight.data else [data])
+    fresh = weight.data.fresh if weight.data and weight.picked else both.fresh
+    return weight._replace(data=both._replace(fresh=fresh, views=NONE))
 
 
 def _as_data(uses: Uses, weight: Weight, data: Data | None = None, added: bool = True) -> Data:
@@ -143,7 +120,7 @@ def _as_data(uses: Uses, weight: Weight, data: Data | None = None, added: bool =
     role = "b" if weight.dims() else "o"  # rows that a router picked
     rows = Weight(tuple(view.relabelled({"p": role}) for view in weight.views))
     part = entrywise(uses, rows, data or weight.data)
-    return combined([part, weight.data._replace(views=frozenset(), onehot=frozenset())])
+    return combined([part, weight.data._replace(views=NONE, onehot=NONE)])
 
 
 def merged(name: str, weights: Sequence[Weight]) -> Weight | None:
@@ -151,21 +128,19 @@ def merged(name: str, weights: Sequence[Weight]) -> Weight | None:
     dims = [weight.dims() for weight in weights]
     most = max(dims, key=len)
     largest = [w for w, own in zip(weights, dims, strict=True) if own == most]
-    itself = {frozenset(v.source for v in w.views if v.part == Part.WHOLE) for w in largest}
-    others = {view.source for weight in largest for view in weight.views}
+    whole = {frozenset(v.source for v in w.views if v.part == Part.WHOLE) for w in largest}
+    sources = {view.source for weight in largest for view in weight.views}
     views: list[View] = []
     for weight, own in zip(weights, dims, strict=True):
+        inside = own < most and {view.source for view in weight.views} <= sources
         if all(dim <= own for dim in dims):
-            part = Part.WHOLE if name in SUMS or len(itself) == 1 else Part.MIXED
-        elif own < most:
-            if name in SUMS and not {view.source for view in weight.views} <= others:
-                return None
-            part = Part.SCALE
-        elif name in SUMS:
+            part = Part.WHOLE if name in SUMS or len(whole) == 1 else Part.MIXED
+        elif name in SUMS and not inside:
             return None
+        elif own < most:
+            part = Part.SCALE
         else:
-            disjoint = sum(bool(own & dim) for dim in dims) == 1
-            part = Part.WHOLE if disjoint else Part.MIXED
+            part = Part.WHOLE if sum(bool(own & dim) for dim in dims) == 1 else Part.MIXED
         views += weight.as_part(part).views
     data = [weight.data for weight in weights if weight.data is not None]
     return Weight(foremost(views), combined(data) if data else None)
@@ -183,24 +158,18 @@ def _of_data(uses: Uses, name: str, values: Sequence[Value], varying: frozenset[
         views = _uncut(uses, name, parts, data.views)
         data = data._replace(views=views, pending=uses.unfollowed(data.pending))
     if name == "mul" and len(parts) == 2:
-        one, other = parts
-        if one.flat - other.flat and other.flat - one.flat:
-            data = data._replace(outer=(one.flat, other.flat))
+        rows, columns = parts[1].flat - parts[0].flat, parts[0].flat - parts[1].flat
+        data = data._replace(rows=rows, columns=columns) if rows and columns else data
     if name == "exp":
         uses.note("suspected", data.factors)  # scores of a learned query
-        data = data._replace(soft=data.soft or bool(data.suspects))
-    return data._replace(flat=data.flat - varying, onehot=_onehot(name, values, data.onehot))
-
-
-def _onehot(name: str, values: Sequence[Value], before: frozenset[int]) -> frozenset[int]:
-    if name == "eq":
-        datas = [value for value in values if isinstance(value, Data)]
-        places = [value.iota for value in values if isinstance(value, Constant)]
-        if len(datas) == len(places) == 1 and len(places[0]) == 1:
-            return datas[0].flat & {*places[0]}
+        data = data._replace(hard=data.hard and not data.suspects)
+    onehot = data.onehot if name in _KEEP_ONEHOT else NONE
+    if name == "eq" and len(parts) == 1:
+        (axes,) = (value.iota for value in values if isinstance(value, Constant))
+        onehot = data.flat & {*axes} if len(axes) == 1 else NONE
     if name == "select_n" and not all(isinstance(value, Constant) for value in values[1:]):
-        return frozenset()  # something else stands elsewhere
-    return before if name in _KEEP_ONEHOT else frozenset()
+        onehot = NONE  # something else stands elsewhere
+    return data._replace(flat=data.flat - varying, onehot=onehot)
 
 
 def _uncut(uses: Uses, name: str, parts: Sequence[Data], views: Iterable[View]) -> frozenset[View]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from scion_jax.reading._uses import MATRIX, VECTOR, WEAK, Use
 
-Notes = Mapping[Use, set[tuple[Any, ...]]]  # what became of the results of uses
+Notes = dict[Use, set[tuple[Any, ...]]]  # what became of the results of uses
 
 
 def layout_of(kind: str, uses: Sequence[Use], shape: Sequence[int], notes: Notes) -> str | None:

@@ -11,20 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from scion_jax.reading._axes import changed, cut, moved
 from scion_jax.reading._elementwise import unknown
 from scion_jax.reading._meetings import entrywise
-from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import (
-    Constant,
-    Data,
-    Operation,
-    Value,
-    Weight,
-    changed,
-    combined,
-    cut,
-    moved,
-)  # fmt: skip
+from scion_jax.reading._uses import Operation, Uses
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, combined
 from scion_jax.reading._views import Move, Shape, View, anywhere
 
 
@@ -102,7 +93,7 @@ def _looked_up(
         through = frozenset(v for v in value.views if picks or (cuts and v.own(*cuts)))
         uses.consume(through)
         found = moved(value._replace(views=value.views - through), move)
-        return combined([found, *picks])._replace(flat=frozenset(), onehot=frozenset())
+        return combined([found, *picks])._replace(flat=NONE, onehot=NONE)
     places = list(move.places)
     sizes = [move.new[places.index(d)] if d in places else 1 for d in range(len(move.old))]
     weight = _off_axes(value, cuts, sizes, "p" if picks else "b")

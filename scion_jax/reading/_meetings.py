@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scion_jax.reading._letters import Pairs
-from scion_jax.reading._uses import (
-    EMBEDDING,
-    MATRIX,
-    ONE_BY_ONE,
-    UNKNOWN,
-    VECTOR,
-    WEAK,
-    Use,
-    Uses,
-)  # fmt: skip
-from scion_jax.reading._values import Data, Weight, combined
+from scion_jax.reading._uses import EMBEDDING, MATRIX, UNKNOWN, VECTOR, WEAK, Use, Uses
+from scion_jax.reading._values import NONE, Data, Weight, combined
 from scion_jax.reading._views import Move, Part, View
 
+_ONE_BY_ONE = "data is multiplied with its rows or columns one by one"
 _MET = "it meets another parameter before it meets data"
 _BENT = "data scales it before an operation that is not linear"
 _CLOSED_OVER = "it is multiplied with a constant, and inputs must be arguments"
@@ -38,7 +30,7 @@ def entrywise(uses: Uses, weight: Weight, data: Data | None = None, added: bool 
     made = {}
     axes = range(len(weight.views[0].axes))
     for view in weight.views:
-        stacked = data.stacked if data and view.dims() - data.stacked else frozenset()
+        stacked = data.stacked if data and view.dims() - data.stacked else NONE
         pairs = [
             (factor, "i" if factor.stride < 0 else "b" if dim in stacked else "o")
             for dim in axes
@@ -63,11 +55,9 @@ def _of_entries(weight: Weight, view: View, roles: set[str]) -> tuple[str, str, 
     """What meeting data entry by entry makes of a view: a kind, a problem, and if it goes on."""
     several = sum(other.source == view.source for other in weight.views) > 1
     if several and weight.data is not None and not weight.picked:
-        return UNKNOWN, ONE_BY_ONE, False
-    if view.part == Part.LOST and view.is_statistic:
-        return WEAK, _BENT, False
-    if view.part == Part.LOST and weight.data is not None:
-        return VECTOR, "", False
+        return UNKNOWN, _ONE_BY_ONE, False
+    if view.part == Part.LOST and (view.is_statistic or weight.data is not None):
+        return (WEAK, _BENT, False) if view.is_statistic else (VECTOR, "", False)
     if view.part == Part.LOST or view.is_factor:
         return UNKNOWN, _MET, True
     if "c" in view.past:
@@ -77,12 +67,13 @@ def _of_entries(weight: Weight, view: View, roles: set[str]) -> tuple[str, str, 
     return EMBEDDING if "i" in roles and len(roles) > 1 else VECTOR, "", True
 
 
-def settle(uses: Uses, weight: Weight) -> Data:
-    """Makes data of a weight that data picked or scaled, where it is no weight any more."""
+def settle(uses: Uses, weight: Weight, among: Data | None = None) -> Data:
+    """Makes data of a weight, as among data, where it is no weight any more."""
     data = weight.data
-    if data is None or not weight.picked:
-        part = entrywise(uses, weight, data)
-        return (data or part)._replace(views=part.views, flat=frozenset())
+    if data is None:
+        return entrywise(uses, weight, among)
+    if not weight.picked:
+        return data._replace(views=entrywise(uses, weight, data).views, flat=NONE)
     views = []
     for view in weight.views:
         kind, problem = MATRIX, ""  # the second factor of a low rank
@@ -101,7 +92,7 @@ def settle(uses: Uses, weight: Weight) -> Data:
         views.append(view._replace(source=use, gone=()))
     return data._replace(
         fresh=False,
-        onehot=frozenset(),
+        onehot=NONE,
         views=frozenset(views),
         pending=frozenset(view.source for view in views),
         flat=data.flat - weight.dims(),
@@ -171,4 +162,4 @@ def _confirm_positions(uses: Uses, data: Data) -> None:
             inner = {factor.axis for factor, role in use.view.gone if role == "c"}
             pairs = [(f, "i" if f.axis in inner else "o") for f in use.view.own()]
             gone = tuple(entry for entry in use.view.gone if entry[1] != "c")
-            uses.record(MATRIX, use.view._replace(gone=gone), pairs, where=use.equations)
+            uses.record(MATRIX, use.view._replace(gone=gone), pairs)

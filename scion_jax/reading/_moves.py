@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from scion_jax.reading._convolutions import summed
+from scion_jax.reading._axes import changed, cut, moved
 from scion_jax.reading._elementwise import stopped, unknown
-from scion_jax.reading._meetings import entrywise, settle
-from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import (
-    Constant,
-    Data,
-    Operation,
-    Value,
-    Weight,
-    changed,
-    combined,
-    cut,
-    foremost,
-    moved,
-)  # fmt: skip
-from scion_jax.reading._views import Move, Shape
+from scion_jax.reading._meetings import product, settle
+from scion_jax.reading._uses import Operation, Uses
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, combined, foremost
+from scion_jax.reading._views import Move, Part, Shape
 
 
 def without(shape: Shape, axes: Sequence[int]) -> list[int]:
@@ -123,7 +111,7 @@ def _together(uses: Uses, values: Sequence[Value], axis: int, new: Shape) -> Val
     if not datas and not any(weight.data for weight in weights):
         return Weight(foremost(view.spread(sizes) for weight in weights for view in weight.views))
     among = datas[0] if datas else None
-    datas += [settle(uses, w) if w.data else entrywise(uses, w, among) for w in weights]
+    datas += [settle(uses, weight, among) for weight in weights]
     along = [[view for view in data.views if view.own(axis)] for data in datas]
     for source in {view.source for views in along for view in views}:
         spans = [[v.spans() for v in views if v.source == source] for views in along]
@@ -135,7 +123,7 @@ def _together(uses: Uses, values: Sequence[Value], axis: int, new: Shape) -> Val
             uses.note("piece", [source], span)
     joined = combined(datas)
     kept = frozenset(view.spread(sizes) for view in joined.views if not view.own(axis))
-    return joined._replace(views=kept, flat=joined.flat - {axis}, onehot=frozenset())
+    return joined._replace(views=kept, flat=joined.flat - {axis}, onehot=NONE)
 
 
 def pad(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
@@ -156,7 +144,7 @@ def reduce(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     axes, old, value = operation.params["axes"], operation.shapes[0], values[0]
     move, name = Move(without(old, axes), old, operation.shape), operation.name
     if isinstance(value, Weight) and value.data and axes:
-        made = summed(uses, value, axes, move) if name == "reduce_sum" else None
+        made = _summed(uses, value, axes, move) if name == "reduce_sum" else None
         if made is not None:
             return made
         value = settle(uses, value) if value.picked else value
@@ -169,12 +157,27 @@ def reduce(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
 def _reduced(uses: Uses, name: str, data: Data, axes: Sequence[int]) -> Data:
     """What a reduction says of data, before its axes go."""
     if name.startswith("arg"):  # no gradient goes on
-        chosen: frozenset[Any] = frozenset(use.view.source for use in data.pending)
-        data = data._replace(pending=frozenset(), chosen=data.chosen | chosen)
-    if data.soft:  # the sum that scores are divided by
-        data = data._replace(suspects=frozenset(), soft=False)
+        chosen = frozenset(use.view.source for use in data.pending)
+        data = data._replace(pending=NONE, chosen=data.chosen | chosen)
+    if not data.hard:  # the sum that scores are divided by
+        data = data._replace(suspects=NONE, hard=True)
     for dim in axes if name == "reduce_sum" else ():  # the sum over a stack, as of an ensemble
         uses.stack([view for view in data.views if view.dims() - {*axes}], dim, summed=True)
     whole = frozenset(view for view in data.views if axes and view.own(*axes))
     uses.consume(whole)
     return data._replace(views=data.views - whole)
+
+
+def _summed(uses: Uses, weight: Weight, axes: Sequence[int], move: Move) -> Data | None:
+    """A sum of a weight that data scaled is a product written out; None if it is none."""
+    data = weight.data
+    if data is None or weight.picked or any(view.part != Part.WHOLE for view in weight.views):
+        return None
+    pairs = []
+    for view in weight.views:
+        letters = {d: "i" if d in axes else "b" for d in view.dims() - data.flat}
+        letters |= {d: "-" if d in axes else "o" for d in view.dims() & data.flat}
+        if not {"i", "o"} <= set(letters.values()):
+            return None
+        pairs.append(view.paired(letters))
+    return product(uses, weight._replace(data=None), pairs, data, move)

@@ -15,8 +15,8 @@ from scion_jax.reading import _products as products
 from scion_jax.reading._control_flow import Rule
 from scion_jax.reading._convolutions import convolution
 from scion_jax.reading._elementwise import LINEAR, SEVERAL, UNARY, elementwise, stopped
-from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import Data, Operation, Value, Weight
+from scion_jax.reading._uses import Operation, Uses
+from scion_jax.reading._values import Data, Value, Weight
 
 
 def _each(uses: Uses, operation: Operation, values: Sequence[Value]) -> list[Value]:

@@ -15,22 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from scion_jax.reading._axes import changed
 from scion_jax.reading._elementwise import merged, unknown
-from scion_jax.reading._meetings import entrywise, product, settle
-from scion_jax.reading._uses import Uses
-from scion_jax.reading._values import (
-    Constant,
-    Data,
-    Operation,
-    Value,
-    Weight,
-    changed,
-    combined,
-    foremost,
-)  # fmt: skip
+from scion_jax.reading._meetings import product, settle
+from scion_jax.reading._uses import Operation, Uses
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, combined, foremost
 from scion_jax.reading._views import Move, Part, Shape, View, anywhere
-
-_NONE: frozenset[Any] = frozenset()
 
 
 class Side(NamedTuple):
@@ -110,21 +100,18 @@ def _dot(uses: Uses, values: Sequence[Value], sides: tuple[Side, Side]) -> Value
     ]
     if all(isinstance(value, Weight) for value in values):
         values = [
-            entrywise(uses, v) if isinstance(v, Weight) and side.is_token(v) else v
+            settle(uses, v) if isinstance(v, Weight) and side.is_token(v) else v
             for v, side in zip(values, sides, strict=True)
         ]
-    match values:
-        case Weight(), Weight():
-            return _composed(values, sides)
-        case Weight() as weight, Constant():
-            return _rearranged(uses, weight, sides[0])
-        case Constant(), Weight() as weight:
-            return _rearranged(uses, weight, sides[1])
-        case Weight() as weight, Data() as data:
-            return _with_data(uses, weight, data, sides[0], sides[1])
-        case Data() as data, Weight() as weight:
-            return _with_data(uses, weight, data, sides[1], sides[0])
-    return of_data(uses, values, sides)
+    left, right = values
+    if isinstance(left, Weight) and isinstance(right, Weight):
+        return _composed([left, right], sides)
+    for weight, other, (mine, theirs) in ((left, right, sides), (right, left, sides[::-1])):
+        if isinstance(weight, Weight) and isinstance(other, Data):
+            return _with_data(uses, weight, other, mine, theirs)
+        if isinstance(weight, Weight):
+            return _rearranged(uses, weight, mine)
+    return of_data(uses, [left, right], sides)
 
 
 def _with_data(uses: Uses, weight: Weight, data: Data, mine: Side, other: Side) -> Value:
@@ -132,11 +119,12 @@ def _with_data(uses: Uses, weight: Weight, data: Data, mine: Side, other: Side) 
     if data.onehot & {*other.contract}:  # it picks entries of an axis
         if len(other.contract) == 1 and not weight.data:
             views = tuple(view.moved(mine.move, "p") for view in weight.views)
-            picks = changed(data, lambda view: view, other.move.places)
-            return Weight(views, picks._replace(onehot=_NONE, flat=other.move.repeated()))
+            picks = data.placed(other.move.places)
+            flat = other.move.repeated()
+            return Weight(views, picks._replace(views=NONE, onehot=NONE, flat=flat))
         pairs = zip(mine.contract, other.contract, strict=True)
         letters |= {axis: "b" for axis, theirs in pairs if theirs in data.onehot}
-    elif data.outer and all(axes & {*other.contract} for axes in data.outer):
+    elif data.rows & {*other.contract} and data.columns & {*other.contract}:
         weight = weight.as_part(Part.LOST)  # of inputs and gates, say
     alone = not weight.dims() & {*letters}  # by batch axes alone: entry by entry
     for axis, theirs in zip(mine.batch, other.batch, strict=True):
@@ -157,7 +145,7 @@ def of_data(uses: Uses, values: Sequence[Value], sides: Sequence[Side]) -> Value
     parts = [(value, side) for value, side in pairs if isinstance(value, Data)]
     if not parts:
         return Constant()
-    joined = combined([changed(part, lambda v: v, side.move.places) for part, side in parts])
+    joined = combined([part.placed(side.move.places) for part, side in parts])
     suspects = joined.suspects
     for part, side in parts:
         apart = [view for view in part.views if not view.dims() & {*side.batch}]
@@ -165,12 +153,14 @@ def of_data(uses: Uses, values: Sequence[Value], sides: Sequence[Side]) -> Value
         made = [view for view in part.views if _as_weight(view, contract, side.free)]
         suspects |= {view.source for view in made}
         uses.consume(part.views)
-    free = [frozenset(n for n, d in enumerate(s.move.places) if d in s.free) for s in sides]
-    is_outer = len(parts) == 2 and all(free) and not sides[0].contract
+    rows, columns = (
+        frozenset(n for n, d in enumerate(s.move.places) if d in s.free) for s in sides
+    )
+    is_outer = len(parts) == 2 and rows and columns and not sides[0].contract
     return joined._replace(
-        views=_NONE, flat=_NONE, soft=False, factors=_NONE, outer=tuple(free) if is_outer else (),
-        pending=uses.unfollowed(joined.pending),
-        suspects=_NONE if len(parts) == 2 and joined.soft else suspects,
+        views=NONE, flat=NONE, hard=True, factors=NONE, pending=uses.unfollowed(joined.pending),
+        rows=rows if is_outer else NONE, columns=columns if is_outer else NONE,
+        suspects=suspects if len(parts) == 1 or joined.hard else NONE,
     )  # fmt: skip
 
 
@@ -203,7 +193,7 @@ def _rearranged(uses: Uses, weight: Weight, side: Side) -> Value:
     move = side.move
     if uses.transposed:  # the derivative of a sum of outputs
         pairs = [view.paired(side.letters()) for view in weight.views]
-        return product(uses, weight, pairs, Data(), move)._replace(views=_NONE)
+        return product(uses, weight, pairs, Data(), move)._replace(views=NONE)
     views = []
     for view in weight.views:
         inner = [factor for d in side.contract for factor in view.own(d)]
@@ -215,4 +205,4 @@ def _rearranged(uses: Uses, weight: Weight, side: Side) -> Value:
                 gone=view.gone + tuple((factor, "c") for factor in anywhere(inner, 1)),
             )
         views.append(placed)
-    return Weight(tuple(views), weight.data and weight.data._replace(flat=_NONE))
+    return Weight(tuple(views), weight.data and weight.data._replace(flat=NONE))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import source_info_util
 
 from scion_jax.labels import leaf_path
 from scion_jax.reading._control_flow import Reader
@@ -115,14 +116,14 @@ def read_roles(
     for use, steps in uses.found.items():
         if not reached.isdisjoint(steps):
             found[use.view.source].append(use)
-    notes: dict[Use, set[tuple[Any, ...]]] = {use: set() for use in uses.found}
+    notes: Notes = collections.defaultdict(set)
     for word, use, *more in uses.notes:
-        notes.setdefault(use, set()).add((word, *more))
-    roles, places = [], {}
+        notes[use].add((word, *more))
+    roles = []
     for (keys, leaf), root, own in zip(leaves, roots, found, strict=True):
         role = Role(leaf_path(keys), tuple(leaf.shape), "unused", "")
         if root in reached:
-            role = _role(role.path, role.shape, own, notes, places)
+            role = _role(role.path, role.shape, own, notes)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating) and not role.problem:
             role = role._replace(problem="no norm is known for complex numbers")
         roles.append(role)
@@ -140,18 +141,16 @@ _KINDS = {
 }
 
 
-def _role(
-    path: str, shape: tuple[int, ...], uses: Sequence[Use], notes: Notes, places: dict[Any, str]
-) -> Role:
+def _role(path: str, shape: tuple[int, ...], uses: Sequence[Use], notes: Notes) -> Role:
     """Finds what all uses of a parameter agree on."""
     strong = [use for use in uses if use.kind != WEAK and ("demoted",) not in notes[use]]
     uses = [use for use in strong if not use.transposed] or strong or uses
-    used_at = tuple(dict.fromkeys(_place(use, places) for use in uses))
+    used_at = tuple(dict.fromkeys(use.place for use in uses))
     kinds = frozenset(use.kind for use in uses)
     kind = _KINDS.get(kinds)
     agreeing = [use for use in uses if use.kind == kind or kind == VECTOR]
     layout = layout_of(kind, agreeing, shape, notes) if kind else None
-    problem = _problem(uses, notes, places, layout, len(shape))
+    problem = _problem(uses, notes, layout, len(shape))
     if problem or kind is None or layout is None:
         return Role(path, shape, "unknown", "", used_at=used_at, problem=problem)
     results = [notes[use] for use in agreeing if use.kind == MATRIX]
@@ -164,9 +163,7 @@ def _role(
     )  # fmt: skip
 
 
-def _problem(
-    uses: Sequence[Use], notes: Notes, places: dict[Any, str], layout: str | None, rank: int
-) -> str:
+def _problem(uses: Sequence[Use], notes: Notes, layout: str | None, rank: int) -> str:
     """Says why a parameter cannot be read, if so."""
     if not uses:
         return "it reaches the output without meeting data"
@@ -179,44 +176,29 @@ def _problem(
             problems.append("only a statistic of it is used")
     if layout is None:
         texts = [
-            f"{use.kind} {''.join(x or '?' for x in use.letters)} ({_place(use, places)})"
-            for use in uses
+            f"{use.kind} {''.join(x or '?' for x in use.letters)} ({use.place})" for use in uses
         ]
         problems.append(f"its uses disagree: {'; '.join(dict.fromkeys(texts))}")
     return problems[0] if problems else ""
-
-
-def _place(use: Use, known: dict[Any, str]) -> str:
-    name = use.equations[0].primitive.name
-    for equation in use.equations:  # those of library functions may have no place of their own
-        trace = equation.source_info.traceback
-        if trace not in known:  # layers in a loop share theirs
-            file, *line = source_info_util.summarize(equation.source_info).split(" ")[0].split(":")
-            file = file.replace("\\", "/").rsplit("/", 1)[-1]
-            known[trace] = f" {file}:{line[0]}" if line else ""
-        if known[trace]:
-            return name + known[trace]
-    return name
 
 
 def _arrays(tree: Any, floating: bool) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]]:
     """Takes arrays out of a tree; returns them with their paths, and what puts them back."""
     entries, structure = jax.tree_util.tree_flatten_with_path(tree)
 
-    def is_taken(leaf: Any) -> bool:
-        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
-            return False
-        return not floating or jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-    places = [n for n, (_, leaf) in enumerate(entries) if is_taken(leaf)]
+    taken = [
+        hasattr(leaf, "shape")
+        and hasattr(leaf, "dtype")
+        and (not floating or jnp.issubdtype(leaf.dtype, jnp.inexact))
+        for _, leaf in entries
+    ]
 
     def rebuild(arrays: list[Any]) -> Any:
-        leaves = [leaf for _, leaf in entries]
-        for place, array in zip(places, arrays, strict=True):
-            leaves[place] = array
-        return structure.unflatten(leaves)
+        left = iter(arrays)
+        pairs = zip(taken, entries, strict=True)
+        return structure.unflatten([next(left) if take else leaf for take, (_, leaf) in pairs])
 
-    return [entries[place] for place in places], rebuild
+    return list(itertools.compress(entries, taken)), rebuild
 
 
 def _without_modules(function: Any, params: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any, Any]:

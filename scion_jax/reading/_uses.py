@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import source_info_util
 
 from scion_jax.reading._letters import Pairs, complete, letters_of
 from scion_jax.reading._steps import Step
-from scion_jax.reading._views import Part, View
+from scion_jax.reading._views import Part, Shape, View
 
 # What a use makes of a parameter. A weak one (a statistic, a factor of another weight) counts only
 # where there is no other; so does one in the transposed half of a derivative, whose sides swap.
@@ -31,7 +33,7 @@ class Use:
         spans: The entries of each axis that were used, as ranges.
         fresh: Whether no product with a parameter came before.
         transposed: Whether it is in the transposed half of a derivative.
-        equations: The equation, and those that it is inside of, outwards.
+        place: Where it is, such as `"dot_general model.py:41"`.
         problem: For `UNKNOWN`, what is not known.
     """
 
@@ -42,8 +44,26 @@ class Use:
     spans: tuple[tuple[int, int], ...]
     fresh: bool
     transposed: bool
-    equations: tuple[Any, ...]
+    place: str
     problem: str
+
+
+class Operation(NamedTuple):
+    """An equation of a program.
+
+    Attributes:
+        name: Name of its primitive.
+        params: Its parameters.
+        shapes: Shapes of its operands.
+        shape: Shape of its result, or of the first of them.
+        results: How many there are.
+    """
+
+    name: str
+    params: Any
+    shapes: Sequence[Shape]
+    shape: Shape
+    results: int = 1
 
 
 class Uses:
@@ -74,6 +94,7 @@ class Uses:
         self.transposed = False
         self.inside_custom = False
         self._known: dict[tuple[Any, ...], Use] = {}
+        self._lines: dict[Any, str] = {}
 
     def place(self) -> tuple[Any, ...]:
         """The equation that is read now, and those that it is inside of, outwards."""
@@ -113,16 +134,29 @@ class Uses:
                 kind, problem = UNKNOWN, ONE_BY_ONE
         if kind == VECTOR:
             letters = [letter if letter == "b" else "o" for letter in letters]
-        spans, equations = view.spans(), where or self.place()
+        spans, where = view.spans(), where or self.place()
         # The letters, since a function that was traced once may be called with W and with Wᵀ.
-        key = id(equations[0]), view.source, kind, spans, problem, self.transposed, fresh, *letters
+        key = id(where[0]), view.source, kind, spans, problem, self.transposed, fresh, *letters
         use = self._known.get(key) or Use(
-            view, kind, tuple(letters), groups, spans, fresh, self.transposed, equations, problem
-        )
+            view, kind, tuple(letters), groups, spans, fresh, self.transposed,
+            self._text(where), problem,
+        )  # fmt: skip
         self._known[key] = use
         if view.part != Part.STOPPED:
             self.found.setdefault(use, []).append(self.step)
         return use
+
+    def _text(self, equations: Sequence[Any]) -> str:
+        name = equations[0].primitive.name
+        for equation in equations:  # those of library functions may have no place of their own
+            trace = equation.source_info.traceback
+            if trace not in self._lines:  # layers in a loop share theirs
+                summary = source_info_util.summarize(equation.source_info).split(" ")[0]
+                file, *line = summary.replace("\\", "/").rsplit("/", 1)[-1].split(":")
+                self._lines[trace] = f" {file}:{line[0]}" if line else ""
+            if self._lines[trace]:
+                return name + self._lines[trace]
+        return name
 
     def refuse(self, views: Iterable[View], problem: str) -> None:
         """Notes that it is not known what parameters are."""

@@ -1,0 +1,43 @@
+"""Axes of values of any kind: what puts them elsewhere, or takes a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from scion_jax.reading._values import Constant, Data, Value, Weight, foremost
+from scion_jax.reading._views import Move, Shape, View
+
+
+def changed(value: Value, change: Callable[[View], View], places: Sequence[int | None]) -> Any:
+    """Changes views, and puts all else that has axes elsewhere, as `Data.placed`."""
+    if isinstance(value, Weight):
+        data = value.data and value.data.placed(places)
+        return Weight(foremost(map(change, value.views)), data)
+    if isinstance(value, Data):
+        return value.placed(places)._replace(views=frozenset(map(change, value.views)))
+    return Constant()
+
+
+def moved(value: Value, move: Move, role: str = "b") -> Any:
+    """Puts axes elsewhere, drops some, which get a role, or repeats along new ones."""
+    value, flat = changed(value, lambda view: view.moved(move, role), move.places), move.repeated()
+    if isinstance(value, Weight) and value.data:
+        return value._replace(data=value.data._replace(flat=value.data.flat | flat))
+    return value._replace(flat=value.flat | flat) if isinstance(value, Data) else value
+
+
+def cut(value: Value, old: Shape, bounds: Iterable[tuple[int, int, int]]) -> Any:
+    """Takes a part along each axis: from, to, in steps of."""
+    parts = [
+        (dim, *bound)
+        for dim, (size, bound) in enumerate(zip(old, bounds, strict=True))
+        if bound != (0, size, 1)
+    ]
+
+    def change(view: View) -> View:
+        for part in parts:
+            view = view.sliced(*part)
+        return view
+
+    return changed(value, change, range(len(old)))
