@@ -15,16 +15,20 @@ def changed(value: Value, change: Callable[[View], View], places: Sequence[int |
         data = value.data and value.data.placed(places)
         return Weight(foremost(map(change, value.views)), data)
     if isinstance(value, Data):
-        return value.placed(places)._replace(views=frozenset(map(change, value.views)))
+        views, value = value.views, value.placed(places)
+        return value._replace(views=frozenset(map(change, views))) if views else value
     return Constant()
 
 
 def moved(value: Value, move: Move, role: str = "b") -> Any:
     """Puts axes elsewhere, drops some, which get a role, or repeats along new ones."""
-    value, flat = changed(value, lambda view: view.moved(move, role), move.places), move.repeated()
-    if isinstance(value, Weight) and value.data:
-        return value._replace(data=value.data._replace(flat=value.data.flat | flat))
-    return value._replace(flat=value.flat | flat) if isinstance(value, Data) else value
+    value = changed(value, lambda view: view.moved(move, role), move.places)
+    data = value.data if isinstance(value, Weight) else value
+    flat = move.repeated() if isinstance(data, Data) else None
+    if not flat or not isinstance(data, Data):
+        return value
+    data = data._replace(flat=data.flat | flat)
+    return value._replace(data=data) if isinstance(value, Weight) else data
 
 
 def cut(value: Value, old: Shape, bounds: Iterable[tuple[int, int, int]]) -> Any:

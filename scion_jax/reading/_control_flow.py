@@ -85,7 +85,7 @@ class Reader:
         if all(isinstance(value, Constant) for value in values):
             return [(fold(operation, values), None)] * count  # pyright: ignore[reportArgumentType]
         is_flat = name in FLAT and not uses.inside_custom
-        uses.step = after(() if is_flat else (step for _, step in inputs))
+        uses.step = Step([] if is_flat else [step for _, step in inputs if step is not None])
         results = self.rules.get(name, unknown)(uses, operation, values)
         results = results if isinstance(results, list) else [results]
         if uses.transposed:
@@ -99,9 +99,11 @@ class Reader:
         before = self.uses.inside_custom
         self.uses.inside_custom = before or name.startswith("custom")
         self.uses.callers.append(equation)
-        # In `shard_map` each device sees its part of an axis.
-        outputs = self.read(program, _resized(inputs, equation.invars, jaxpr.invars))
-        outputs = _resized(outputs, jaxpr.outvars, equation.outvars)
+        if name == "shard_map":  # each device sees its part of an axis
+            inputs = _resized(inputs, equation.invars, jaxpr.invars)
+        outputs = self.read(program, inputs)
+        if name == "shard_map":
+            outputs = _resized(outputs, jaxpr.outvars, equation.outvars)
         self.uses.callers.pop()
         self.uses.inside_custom = before
         if name.startswith("custom"):  # its derivative is its own

@@ -52,7 +52,9 @@ def elementwise(uses: Uses, operation: Operation, values: Sequence[Value]) -> Va
     values = [_aligned(v, old, shape) for v, old in zip(values, shapes, strict=True)]
     if len(known) > 1 and sum(isinstance(value, Weight) for value in values) > 1:
         values = [_as_data(uses, v) if isinstance(v, Weight) and v.picked else v for v in values]
-    weights = [_patterned(v, varying, shape) for v in values if isinstance(v, Weight)]
+    weights = [value for value in values if isinstance(value, Weight)]
+    if varying:
+        weights = [_patterned(weight, varying, shape) for weight in weights]
     if weights:
         datas = [value for value in values if isinstance(value, Data)]
         met = _met(uses, name, weights, datas, isinstance(values[0], Weight))
@@ -154,7 +156,7 @@ def stopped(weight: Weight) -> Weight:
 def _of_data(uses: Uses, name: str, values: Sequence[Value], varying: frozenset[int]) -> Data:
     parts = [value for value in values if isinstance(value, Data)]
     data = combined(parts)
-    if len(parts) > 1:
+    if len(parts) > 1 and data.pending:
         views = _uncut(uses, name, parts, data.views)
         data = data._replace(views=views, pending=uses.unfollowed(data.pending))
     if name == "mul" and len(parts) == 2:
@@ -169,7 +171,9 @@ def _of_data(uses: Uses, name: str, values: Sequence[Value], varying: frozenset[
         onehot = data.flat & {*axes} if len(axes) == 1 else NONE
     if name == "select_n" and not all(isinstance(value, Constant) for value in values[1:]):
         onehot = NONE  # something else stands elsewhere
-    return data._replace(flat=data.flat - varying, onehot=onehot)
+    if onehot or data.onehot or varying & data.flat:
+        return data._replace(flat=data.flat - varying, onehot=onehot)
+    return data
 
 
 def _uncut(uses: Uses, name: str, parts: Sequence[Data], views: Iterable[View]) -> frozenset[View]:

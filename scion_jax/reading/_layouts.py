@@ -70,7 +70,7 @@ def _parts(
     if is_outermost:
         whole = [use for use in uses if ("whole",) in notes[use]]
         pieces = [note for use in uses if use not in whole for note in notes[use]]
-        spans = {note[1][axis] for note in pieces if note[0] == "piece"} or spans
+        spans = {note[1][axis] for note in pieces if note[0] in ("used", "piece")} or spans
     is_table = axis == 0 and "o" in letters[1:] and all(use.kind != MATRIX for use in uses)
     if is_table and (0, size) not in spans:
         return "b", ""  # rows that are used apart

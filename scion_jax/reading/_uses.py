@@ -74,7 +74,7 @@ class Uses:
         notes: What became of their results, each a word, a use, and perhaps more: `"followed"` by a
             product, `"reached"` the outputs, `"demoted"` since it only measured the weight,
             `"suspected"` of being part of a weight that data made, `"whole"` since it is not cut;
-            `"piece"` of a result that goes its own way, with the ranges, and `"used"` without;
+            `"used"` as it is, and a `"piece"` that goes its own way, each with the ranges of it;
             `"stack"`, with an axis along which a later weight has a matrix for each entry.
         equation: The equation that is read now.
         callers: Those that it is inside of, inwards.
@@ -165,7 +165,8 @@ class Uses:
 
     def note(self, word: str, uses: Iterable[Use], *more: Any) -> None:
         """Notes what became of results."""
-        self.notes.update(dict.fromkeys([(word, use, *more) for use in uses]))
+        for use in uses:
+            self.notes[word, use, *more] = None
 
     def unfollowed(self, uses: frozenset[Use]) -> frozenset[Use]:
         """Keeps those of whose results no product took yet."""
@@ -174,17 +175,14 @@ class Uses:
     def consume(self, views: Iterable[View]) -> None:
         """Notes that pieces of results are used as they are."""
         for view in views:
-            self.note("piece", [view.source], view.spans())
-            self.note("used", [view.source])
+            self.notes["used", view.source, view.spans()] = None
 
     def unused(self, views: Iterable[View]) -> list[View]:
         """Keeps those that show something which was not used as it is yet."""
         return [
             view
             for view in views
-            if is_table(view)
-            or ("used", view.source) not in self.notes
-            or ("piece", view.source, view.spans()) not in self.notes
+            if is_table(view) or ("used", view.source, view.spans()) not in self.notes
         ]
 
     def stack(self, views: Iterable[View], dim: int, summed: bool = False) -> bool:
@@ -207,4 +205,4 @@ class Uses:
 
 def is_table(view: View) -> bool:
     """Whether a view is of something added that has several axes, and might be a weight."""
-    return len(view.shape) > 1 and view.source.kind == VECTOR and len(view.dims()) > 1
+    return view.source.kind == VECTOR and len(view.shape) > 1 and len(view.dims()) > 1

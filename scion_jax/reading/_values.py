@@ -76,9 +76,10 @@ class Data(NamedTuple):
     def placed(self, places: Sequence[int | None]) -> Data:
         """Puts its axes elsewhere: for each new one the old one, or None. Not those of views."""
         others, fields = list(self[: _FIRST_WITH_AXES + 1]), self[_FIRST_WITH_AXES + 1 :]
-        pairs = list(enumerate(places)) if any(fields) else []
+        if not any(fields):
+            return self
         for axes in cast(Sequence[frozenset[int]], fields):
-            others.append(frozenset([new for new, old in pairs if old in axes]))
+            others.append(frozenset([new for new, old in enumerate(places) if old in axes]))
         return Data._make(others)
 
 
@@ -90,9 +91,9 @@ def combined(parts: Sequence[Data]) -> Data:
     if len(parts) == 1:
         return parts[0]
     columns = list(zip(*parts, strict=True))
-    sets = [NONE.union(*column) for column in columns[4:]]
-    flat = parts[0].flat.intersection(*[part.flat for part in parts])
-    return Data._make([*map(all, columns[:4]), *sets])._replace(flat=flat)
+    fields: list[Any] = [*map(all, columns[:4]), *[NONE.union(*column) for column in columns[4:]]]
+    fields[_FIRST_WITH_AXES + 1] = parts[0].flat.intersection(*columns[_FIRST_WITH_AXES + 1])
+    return Data._make(fields)
 
 
 class Weight(NamedTuple):

@@ -194,15 +194,17 @@ class View(NamedTuple):
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Finds the entries of each axis of the parameter that the array holds, as ranges."""
         extents, loose = [1] * len(self.shape), set()
-        factors = [f for axis in self.axes for f in axis if f.axis != PLAIN]
-        for axis, stride, size in [*factors, *[f for f, _ in self.gone]]:
-            extents[axis] += (size - 1) * stride
-            if stride <= 0:
-                loose.add(axis)
-        entries = enumerate(zip(self.start, extents, self.shape, strict=True))
-        return tuple(
-            [(0, n) if axis in loose else (start, start + m) for axis, (start, m, n) in entries]
-        )
+        factors = [factor for axis in self.axes for factor in axis]
+        for axis, stride, size in [*factors, *[factor for factor, _ in self.gone]]:
+            if axis != PLAIN:
+                extents[axis] += (size - 1) * stride
+                if stride <= 0:
+                    loose.add(axis)
+        ends = [start + extent for start, extent in zip(self.start, extents, strict=True)]
+        spans = list(zip(self.start, ends, strict=True))
+        for axis in loose:
+            spans[axis] = 0, self.shape[axis]
+        return tuple(spans)
 
 
 def whole(source: int, shape: Shape) -> View:
