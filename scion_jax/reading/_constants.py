@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 
 from scion_jax.reading._uses import Operation
@@ -34,9 +33,8 @@ def constant(array: Any) -> Constant:
     """Looks at an array: small ones of whole numbers may be indices."""
     if isinstance(array, float | jax.core.Tracer) or np.size(array) > _LARGEST:
         return Constant()
-    dtype = getattr(array, "dtype", None)
-    counts = isinstance(array, int) or (dtype is not None and jnp.issubdtype(dtype, np.integer))
-    return Constant(np.asarray(array)) if counts else Constant()
+    kind = "i" if isinstance(array, int) else getattr(getattr(array, "dtype", None), "kind", "")
+    return Constant(np.asarray(array)) if kind in ("i", "u") else Constant()
 
 
 def fold(operation: Operation, values: Sequence[Constant]) -> Constant:

@@ -10,6 +10,7 @@ Reading runs a program on abstract values, one of three for every array:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -73,14 +74,19 @@ class Data(NamedTuple):
         """Forgets all that has axes."""
         return Data._make([*self[:_FIRST_WITH_AXES], *[NONE] * (len(self) - _FIRST_WITH_AXES)])
 
-    def placed(self, places: Sequence[int | None]) -> Data:
-        """Puts its axes elsewhere: for each new one the old one, or None. Not those of views."""
-        others, fields = list(self[: _FIRST_WITH_AXES + 1]), self[_FIRST_WITH_AXES + 1 :]
-        if not any(fields):
-            return self
-        for axes in cast(Sequence[frozenset[int]], fields):
-            others.append(frozenset([new for new, old in enumerate(places) if old in axes]))
-        return Data._make(others)
+    def placed(
+        self,
+        places: Sequence[int | None],
+        views: frozenset[View] = NONE,
+        flat: frozenset[int] = NONE,
+    ) -> Data:
+        """Puts its axes elsewhere: for each new one the old one, or None. Its views are others."""
+        others, fields = self[:_FIRST_WITH_AXES], self[_FIRST_WITH_AXES + 1 :]
+        pairs, axes = list(enumerate(places)), []
+        for old in cast(Sequence[frozenset[int]], fields):
+            axes.append(frozenset([n for n, dim in pairs if dim in old]) if old else old)
+        axes[0] |= flat
+        return Data._make([*others, views, *axes])
 
 
 _FIRST_WITH_AXES: int = Data._fields.index("views")
@@ -88,11 +94,15 @@ _FIRST_WITH_AXES: int = Data._fields.index("views")
 
 def combined(parts: Sequence[Data]) -> Data:
     """What comes of several data that meet."""
-    if len(parts) == 1:
-        return parts[0]
-    columns = list(zip(*parts, strict=True))
-    fields: list[Any] = [*map(all, columns[:4]), *[NONE.union(*column) for column in columns[4:]]]
-    fields[_FIRST_WITH_AXES + 1] = parts[0].flat.intersection(*columns[_FIRST_WITH_AXES + 1])
+    return functools.reduce(_both, parts)
+
+
+def _both(one: Data, other: Data) -> Data:
+    fields: list[Any] = [
+        a if a is b else a & b if isinstance(a, bool) else a | b  # pyright: ignore
+        for a, b in zip(one, other, strict=True)
+    ]
+    fields[_FIRST_WITH_AXES + 1] = one.flat & other.flat
     return Data._make(fields)
 
 

@@ -15,6 +15,7 @@ result is cut into pieces that go separate ways, its views tell which part of th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
@@ -193,18 +194,16 @@ class View(NamedTuple):
 
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Finds the entries of each axis of the parameter that the array holds, as ranges."""
-        extents, loose = [1] * len(self.shape), set()
-        factors = [factor for axis in self.axes for factor in axis]
-        for axis, stride, size in [*factors, *[factor for factor, _ in self.gone]]:
+        spans = [[start, start + 1] for start in self.start]
+        loose = []
+        for axis, stride, size in itertools.chain(*self.axes, [f for f, _ in self.gone]):
             if axis != PLAIN:
-                extents[axis] += (size - 1) * stride
+                spans[axis][1] += (size - 1) * stride
                 if stride <= 0:
-                    loose.add(axis)
-        ends = [start + extent for start, extent in zip(self.start, extents, strict=True)]
-        spans = list(zip(self.start, ends, strict=True))
+                    loose.append(axis)
         for axis in loose:
-            spans[axis] = 0, self.shape[axis]
-        return tuple(spans)
+            spans[axis] = [0, self.shape[axis]]
+        return tuple([(start, stop) for start, stop in spans])
 
 
 def whole(source: int, shape: Shape) -> View:
