@@ -50,7 +50,7 @@ def elementwise(uses: Uses, operation: Operation, values: Sequence[Value]) -> Va
     constants = [n for n, value in zip(shapes, values, strict=True) if isinstance(value, Constant)]
     varying = frozenset(d for old in constants for d, size in enumerate(old) if size > 1)
     values = [_aligned(v, old, shape) for v, old in zip(values, shapes, strict=True)]
-    if len(known) > 1 and sum(isinstance(value, Weight) for value in values) > 1:
+    if sum(isinstance(value, Weight) for value in values) > 1:
         values = [_as_data(uses, v) if isinstance(v, Weight) and v.picked else v for v in values]
     weights = [value for value in values if isinstance(value, Weight)]
     if varying:
@@ -180,10 +180,11 @@ def _uncut(uses: Uses, name: str, parts: Sequence[Data], views: Iterable[View]) 
     """Finds the results that go on in a result of several; the others are not cut any more."""
     left = uses.unused(views)
     if left and name in SUMS and name != "select_n":  # a residual stream is not cut into parts
+        dims = {view: view.dims() for view in left}
         for part in parts:
-            moving = {dim for view in part.views if view in left for dim in view.dims()}
-            axes = {view: view.dims() - part.flat for view in left if view not in part.views}
-            uses.consume(view for view, dims in axes.items() if dims and not dims & moving)
+            moving = NONE.union(*[dims[view] for view in part.views if view in dims])
+            axes = [(v, dims[v] - part.flat) for v in left if v not in part.views]
+            uses.consume(view for view, own in axes if own and not own & moving)
         left = uses.unused(left)
     return frozenset(left)
 

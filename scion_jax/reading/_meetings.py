@@ -30,10 +30,11 @@ def entrywise(uses: Uses, weight: Weight, data: Data | None = None, added: bool 
     made = {}
     axes = range(len(weight.views[0].axes))
     for view in weight.views:
-        stacked = data.stacked if data and view.dims() - data.stacked else NONE
+        stacked = data.stacked if data and data.stacked else NONE
+        stacked = stacked if view.dims() - stacked else NONE
         pairs = [
             (factor, "i" if factor.stride < 0 else "b" if dim in stacked else "o")
-            for dim in axes
+            for dim in view.dims()
             for factor in view.own(dim)
         ]
         kind, problem, goes_on = _of_entries(weight, view, {role for _, role in pairs})
