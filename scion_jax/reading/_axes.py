@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, foremost
-from scion_jax.reading._views import Move, Shape, View
+from scion_jax.reading._views import Axes, Move, Places, Shape, View
 
 
-def changed(
-    value: Value,
-    change: Callable[[View], View],
-    places: Sequence[int | None],
-    flat: frozenset[int] = NONE,
-) -> Any:
+def changed(value: Value, change: Callable[[View], View], places: Places, flat: Axes = NONE) -> Any:
     """Changes views, and puts all else that has axes elsewhere, as `Data.placed`."""
     if isinstance(value, Constant):
         return Constant()

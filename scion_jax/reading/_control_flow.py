@@ -142,7 +142,7 @@ class Reader:
         """Reads the body of a loop until what it carries is always the same."""
         steps = [after([step]) for _, step in starts]
         carry, results = [self._carried(value) for value, _ in starts], []
-        for reading in range(_MOST_READINGS):
+        for _ in range(_MOST_READINGS):
             known = len(self.uses.found), len(self.uses.notes)
             results = read(zip(carry, steps, strict=True))
             ends = [self._carried(value) for value, _ in results[: len(carry)]]
@@ -150,19 +150,14 @@ class Reader:
             if list(map(self._joined, pairs, steps)) == carry:
                 break
             self.uses.forget(*known)
-            if reading >= _MOST_READINGS - 3:
-                pairs = list(map(self._without_weights, pairs, steps))
             carry = list(map(self._joined, pairs, steps))
+        else:
+            results = read(zip(carry, steps, strict=True))
+            changing = [value for value in carry if isinstance(value, Weight)]
+            self.uses.refuse([view for w in changing for view in w.views], "a loop changes it")
         for step, (_, end) in zip(steps, results, strict=False):
             step.before += [end] if end else []
         return list(zip(carry, steps, strict=True)), results
-
-    def _without_weights(self, values: Sequence[Value], step: Step) -> list[Value]:
-        self.uses.step = step
-        for value in values:
-            if isinstance(value, Weight):
-                self.uses.refuse(value.views, "a loop changes it")
-        return [Data() if isinstance(value, Weight) else value for value in values]
 
     def _carried(self, value: Value) -> Value:
         if isinstance(value, Constant):

@@ -19,7 +19,8 @@ def convolution(uses: Uses, operation: Operation, values: Sequence[Value]) -> Va
     numbers, (image, kernel) = params["dimension_numbers"], values
     out, inside, *window = numbers.rhs_spec
     if isinstance(image, Weight) and isinstance(kernel, Constant):  # a filter that does not learn
-        return image._replace(views=tuple(view.scattered(shape) for view in image.views))
+        sizes = dict(enumerate(shape))
+        return image._replace(views=tuple(v.spread(sizes, everywhere=True) for v in image.views))
     if isinstance(image, Weight):
         if image.data is None and image.dims() & {numbers.lhs_spec[0]}:
             uses.refuse(image.views, "it takes the place of the images in a convolution")

@@ -54,7 +54,7 @@ def elementwise(uses: Uses, operation: Operation, values: Sequence[Value]) -> Va
         values = [_as_data(uses, v) if isinstance(v, Weight) and v.picked else v for v in values]
     weights = [value for value in values if isinstance(value, Weight)]
     if varying:
-        weights = [_patterned(weight, varying, shape) for weight in weights]
+        weights = [_patterned(w, varying, shape) if varying - w.dims() else w for w in weights]
     if weights:
         datas = [value for value in values if isinstance(value, Data)]
         met = _met(uses, name, weights, datas, isinstance(values[0], Weight))
@@ -73,8 +73,11 @@ def _aligned(value: Value, old: Shape, new: Shape) -> Value:
 
 def _patterned(weight: Weight, varying: frozenset[int], shape: Shape) -> Weight:
     """A weight that a constant changes along an axis varies along it: a diagonal, say."""
-    views = tuple(view.scattered(shape, varying - view.dims()) for view in weight.views)
-    return weight._replace(views=views) if varying - weight.dims() else weight
+    views = []
+    for view in weight.views:
+        sizes = {dim: shape[dim] for dim in varying - view.dims()}
+        views.append(view.spread(sizes, everywhere=True) if sizes else view)
+    return weight._replace(views=tuple(views))
 
 
 def _met(

@@ -20,10 +20,9 @@ def without(shape: Shape, axes: Sequence[int]) -> list[int]:
 
 def broadcast_in_dim(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Adds axes, or repeats along them."""
-    old, new = operation.shapes[0], operation.shape
     places = list(operation.params["broadcast_dimensions"])
-    dims = [places.index(d) if d in places else None for d in range(len(new))]
-    return moved(values[0], Move(dims, old, new))
+    dims = [places.index(d) if d in places else None for d in range(len(operation.shape))]
+    return moved(values[0], Move(dims, operation.shapes[0], operation.shape))
 
 
 def transpose(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
@@ -34,9 +33,8 @@ def transpose(uses: Uses, operation: Operation, values: Sequence[Value]) -> Valu
 
 def squeeze(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Drops axes of size one."""
-    old = operation.shapes[0]
-    kept = without(old, operation.params["dimensions"])
-    return moved(values[0], Move(kept, old, operation.shape))
+    kept = without(operation.shapes[0], operation.params["dimensions"])
+    return moved(values[0], Move(kept, operation.shapes[0], operation.shape))
 
 
 def reshape(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:

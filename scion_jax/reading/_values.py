@@ -14,9 +14,10 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
-from scion_jax.reading._views import Part, View
+from scion_jax.reading._views import Axes, Part, Places, View
 
 NONE: frozenset[Any] = frozenset()
+Views = frozenset[View]
 
 
 class Constant(NamedTuple):
@@ -63,27 +64,22 @@ class Data(NamedTuple):
     suspects: frozenset[Any] = NONE
     factors: frozenset[Any] = NONE
     chosen: frozenset[Any] = NONE
-    views: frozenset[View] = NONE
-    flat: frozenset[int] = NONE
-    stacked: frozenset[int] = NONE
-    onehot: frozenset[int] = NONE
-    rows: frozenset[int] = NONE
-    columns: frozenset[int] = NONE
+    views: Views = NONE
+    flat: Axes = NONE
+    stacked: Axes = NONE
+    onehot: Axes = NONE
+    rows: Axes = NONE
+    columns: Axes = NONE
 
     def bare(self) -> Data:
         """Forgets all that has axes."""
         return Data._make([*self[:_FIRST_WITH_AXES], *[NONE] * (len(self) - _FIRST_WITH_AXES)])
 
-    def placed(
-        self,
-        places: Sequence[int | None],
-        views: frozenset[View] = NONE,
-        flat: frozenset[int] = NONE,
-    ) -> Data:
+    def placed(self, places: Places, views: Views = NONE, flat: Axes = NONE) -> Data:
         """Puts its axes elsewhere: for each new one the old one, or None. Its views are others."""
         others, fields = self[:_FIRST_WITH_AXES], self[_FIRST_WITH_AXES + 1 :]
         pairs, axes = list(enumerate(places)), []
-        for old in cast(Sequence[frozenset[int]], fields):
+        for old in cast(Sequence[Axes], fields):
             axes.append(frozenset([n for n, dim in pairs if dim in old]) if old else old)
         axes[0] |= flat
         return Data._make([*others, views, *axes])
@@ -127,7 +123,7 @@ class Weight(NamedTuple):
         """Whether one of its views is of a parameter itself, no factor of a product of several."""
         return any(view.part == Part.WHOLE and not view.is_factor for view in self.views)
 
-    def dims(self) -> frozenset[int]:
+    def dims(self) -> Axes:
         """Finds the axes along which a parameter varies."""
         return NONE.union(*[view.dims() for view in self.views])
 

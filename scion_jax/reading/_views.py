@@ -49,7 +49,9 @@ class Factor(NamedTuple):
 
 
 Axis = tuple[Factor, ...]
+Axes = frozenset[int]
 Shape = Sequence[int]
+Places = Sequence[int | None]
 
 
 class Move(NamedTuple):
@@ -61,7 +63,7 @@ class Move(NamedTuple):
         new: Shape of the result.
     """
 
-    places: Sequence[int | None]
+    places: Places
     old: Shape
     new: Shape
 
@@ -120,8 +122,9 @@ class View(NamedTuple):
     def reshaped(self, shape: Shape) -> View:
         """Splits and merges axes."""
         factors = [f for axis in self.axes for f in axis if f.size != 1]
+        scattered = self._replace(axes=tuple(anywhere(self.own(), size) for size in shape))
         if math.prod(f.size for f in factors) != math.prod(shape) or 0 in shape:
-            return self.scattered(shape)
+            return scattered
         single = tuple((f, "b") for f in self.own() if f.size == 1)
         pending, axes = factors[::-1], []
         for size in shape:
@@ -129,7 +132,7 @@ class View(NamedTuple):
             while size > 1:
                 factor = pending.pop()
                 if size % factor.size and factor.size % size:
-                    return self.scattered(shape)
+                    return scattered
                 if size % factor.size:  # the outer part of it
                     pending.append(factor._replace(size=factor.size // size))
                     factor = Factor(factor.axis, factor.stride * pending[-1].size, size)
@@ -154,19 +157,16 @@ class View(NamedTuple):
         axes = (*self.axes[:dim], (cut, *rest), *self.axes[dim + 1 :])
         return self._replace(axes=axes, start=tuple(begin))
 
-    def spread(self, sizes: dict[int, int]) -> View:
-        """Forgets where on some axes what is: entries were mixed, padded, or joined by others."""
-        axes = list(self.axes)
-        for dim, size in sizes.items():
-            axes[dim] = anywhere(self.own(dim), size)
-        return self._replace(axes=tuple(axes))
+    def spread(self, sizes: Mapping[int, int], everywhere: bool = False) -> View:
+        """Forgets where on some axes what is: entries were mixed, padded, or joined by others.
 
-    def scattered(self, shape: Shape, dims: Iterable[int] | None = None) -> View:
-        """Forgets which axis of the parameter is where, on all or some axes of the array."""
-        own = self.own()
-        dims = range(len(shape)) if dims is None else dims
-        new = {dim: anywhere(own, shape[dim]) for dim in dims}
-        axes = (new[dim] if dim in new else self.axes[dim] for dim in range(len(shape)))
+        Args:
+            sizes: The new size of each of these axes.
+            everywhere: Whether what is on other axes is there, too.
+        """
+        axes, own = list(self.axes), self.own() if everywhere else []
+        for dim, size in sizes.items():
+            axes[dim] = anywhere(own or self.own(dim), size)
         return self._replace(axes=tuple(axes))
 
     def as_part(self, part: Part) -> View:
