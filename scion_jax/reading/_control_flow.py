@@ -153,8 +153,9 @@ class Reader:
             carry = list(map(self._joined, pairs, steps))
         else:
             results = read(zip(carry, steps, strict=True))
-            changing = [value for value in carry if isinstance(value, Weight)]
-            self.uses.refuse([view for w in changing for view in w.views], "a loop changes it")
+            for value, self.uses.step in zip(carry, steps, strict=True):
+                if isinstance(value, Weight):
+                    self.uses.refuse(value.views, "a loop changes it")
         for step, (_, end) in zip(steps, results, strict=False):
             step.before += [end] if end else []
         return list(zip(carry, steps, strict=True)), results
