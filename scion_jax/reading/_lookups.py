@@ -76,7 +76,7 @@ def _off_axes(weight: Weight, axes: Sequence[int], sizes: Shape, role: str = "b"
 
 def _reordered(view: View, cuts: Sequence[int], several: Sequence[int], move: Move) -> View:
     """Entries of an axis at places that a constant names: along the axes of the indices."""
-    own, axes = [factor for dim in cuts for factor in view.own(dim)], list(view.moved(move).axes)
+    own, axes = view.own(*cuts), list(view.moved(move).axes)
     for dim in several if own else ():
         axes[dim] = anywhere(own, move.new[dim], stride=-1)
     return view._replace(axes=tuple(axes))
@@ -90,7 +90,7 @@ def _looked_up(
     if isinstance(value, Constant):
         return combined(picks) if picks else Constant()
     if isinstance(value, Data):
-        through = frozenset(v for v in value.views if picks or (cuts and v.own(*cuts)))
+        through = frozenset(v for v in value.views if picks or v.own(*cuts))
         uses.consume(through)
         found = moved(value._replace(views=value.views - through), move)
         return combined([found, *picks])._replace(flat=NONE, onehot=NONE)

@@ -87,7 +87,7 @@ def settle(uses: Uses, weight: Weight, among: Data | None = None) -> Data:
         elif "p" in view.past:
             kind = EMBEDDING
         view = view.relabelled({"p": "i", "I": "i", "O": "o"})
-        pairs = [(factor, "o") for factor in view.own()]
+        pairs = [(factor, "o") for factor in view.factors]
         where = uses.looked_up.get(view.source, ())
         use = uses.record(kind, view, pairs, data.fresh, problem, where)
         views.append(view._replace(source=use, gone=()))
@@ -161,6 +161,6 @@ def _confirm_positions(uses: Uses, data: Data) -> None:
     for use in {view.source for view in data.views}:
         if use.problem == _CLOSED_OVER:
             inner = {factor.axis for factor, role in use.view.gone if role == "c"}
-            pairs = [(f, "i" if f.axis in inner else "o") for f in use.view.own()]
+            pairs = [(f, "i" if f.axis in inner else "o") for f in use.view.factors]
             gone = tuple(entry for entry in use.view.gone if entry[1] != "c")
             uses.record(MATRIX, use.view._replace(gone=gone), pairs)

@@ -56,7 +56,7 @@ def along_axes(uses: Uses, operation: Operation, values: Sequence[Value]) -> Val
     axes += [params["axis"]] if "axis" in params else []
     axes += range(len(old) - len(params.get("fft_lengths", ())), len(old))
     if isinstance(values[0], Data):
-        uses.consume(view for view in values[0].views if axes and view.own(*axes))
+        uses.consume(view for view in values[0].views if view.own(*axes))
     sizes = {dim: new[dim] for dim in axes}
     return changed(values[0], lambda view: view.spread(sizes), range(len(old)))
 
@@ -161,7 +161,7 @@ def _reduced(uses: Uses, name: str, data: Data, axes: Sequence[int]) -> Data:
         data = data._replace(suspects=NONE, hard=True)
     for dim in axes if name == "reduce_sum" else ():  # the sum over a stack, as of an ensemble
         uses.stack([view for view in data.views if view.dims() - {*axes}], dim, summed=True)
-    whole = frozenset(view for view in data.views if axes and view.own(*axes))
+    whole = frozenset(view for view in data.views if view.own(*axes))
     uses.consume(whole)
     return data._replace(views=data.views - whole)
 

@@ -196,7 +196,7 @@ def _rearranged(uses: Uses, weight: Weight, side: Side) -> Value:
         return product(uses, weight, pairs, Data(), move)._replace(views=NONE)
     views = []
     for view in weight.views:
-        inner = [factor for d in side.contract for factor in view.own(d)]
+        inner = view.own(*side.contract)
         placed = view.moved(move, "-")
         if inner and None in move.places:
             axes = zip(move.places, move.new, placed.axes, strict=True)

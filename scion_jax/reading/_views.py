@@ -93,9 +93,13 @@ class View(NamedTuple):
     part: Part = Part.WHOLE
 
     def own(self, *dims: int) -> list[Factor]:
-        """Lists the factors of the parameter on some axes of the array, or on all."""
-        axes = [self.axes[dim] for dim in dims] if dims else self.axes
-        return [factor for axis in axes for factor in axis if factor.axis != PLAIN]
+        """Lists the factors of the parameter on some axes of the array."""
+        return [factor for dim in dims for factor in self.axes[dim] if factor.axis != PLAIN]
+
+    @property
+    def factors(self) -> list[Factor]:
+        """The factors of the parameter on all axes of the array."""
+        return [factor for axis in self.axes for factor in axis if factor.axis != PLAIN]
 
     def dims(self) -> frozenset[int]:
         """Finds the axes of the array along which the parameter varies."""
@@ -122,10 +126,10 @@ class View(NamedTuple):
     def reshaped(self, shape: Shape) -> View:
         """Splits and merges axes."""
         factors = [f for axis in self.axes for f in axis if f.size != 1]
-        scattered = self._replace(axes=tuple(anywhere(self.own(), size) for size in shape))
+        scattered = self._replace(axes=tuple(anywhere(self.factors, size) for size in shape))
         if math.prod(f.size for f in factors) != math.prod(shape) or 0 in shape:
             return scattered
-        single = tuple((f, "b") for f in self.own() if f.size == 1)
+        single = tuple((f, "b") for f in self.factors if f.size == 1)
         pending, axes = factors[::-1], []
         for size in shape:
             axis: list[Factor] = []
@@ -164,7 +168,7 @@ class View(NamedTuple):
             sizes: The new size of each of these axes.
             everywhere: Whether what is on other axes is there, too.
         """
-        axes, own = list(self.axes), self.own() if everywhere else []
+        axes, own = list(self.axes), self.factors if everywhere else []
         for dim, size in sizes.items():
             axes[dim] = anywhere(own or self.own(dim), size)
         return self._replace(axes=tuple(axes))
