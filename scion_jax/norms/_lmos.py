@@ -100,7 +100,8 @@ def gauge_bounds(
     closed_form = _by_polar_method(blocks).get(None, [])
     spectral = [i for i in range(len(blocks)) if i not in closed_form and sizes[i].size]
     matrices = [blocks[i].axes.to_matrices(sizes[i]) for i in spectral]
-    bounds = over_devices(spectral_norm_bound, matrices, shard_over)
+    origins = [blocks[i].axes for i in spectral]
+    bounds = over_devices(spectral_norm_bound, matrices, shard_over, origins)
     for index, bound in zip(spectral, bounds, strict=True):
         sizes[index] = blocks[index].norm.from_spectral_norm(bound, blocks[index].axes)
     for index in closed_form:
