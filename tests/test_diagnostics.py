@@ -25,7 +25,7 @@ from scion_jax import (
 )
 from tests.support import naive
 
-pytestmark = [pytest.mark.fast, pytest.mark.unoptimized]
+pytestmark = pytest.mark.unoptimized
 
 NORMS = {"hidden": Spectral(3.0), "bias": BiasRMS(2.0), "head": Sign(20.0)}
 EXACT = NORMS | {"hidden": Spectral(3.0, orthogonalizer=ExactPolar())}

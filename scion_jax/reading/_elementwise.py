@@ -8,22 +8,13 @@ scales. A weight plus something smaller is no weight any more but a learned toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from scion_jax.reading._uses import Uses
-from scion_jax.reading._views import (
-    LOST,
-    MIXED,
-    SCALE,
-    STOPPED,
-    WHOLE,
-    Constant,
-    Data,
-    Value,
-    View,
-    Weight,
-)  # fmt: skip
+from scion_jax.reading._axes import moved
+from scion_jax.reading._meetings import entrywise, settle
+from scion_jax.reading._uses import MATRIX, Operation, Uses
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, combined, foremost
+from scion_jax.reading._views import Move, Part, Shape, View
 
 # Linear in its only operand, so that what data picked or scaled is still what it was.
 LINEAR = frozenset(
@@ -44,274 +35,173 @@ SEVERAL = SUMS | frozenset(
 # No gradient goes through these.
 FLAT = frozenset("stop_gradient round floor ceil sign is_finite".split())
 
+_KEEP_SCALED = LINEAR | {"mul", "add", "sub", "select_n"}
+_KEEP_ONEHOT = LINEAR | {"mul", "and", "select_n"}
 
-def elementwise(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+
+def elementwise(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Follows an operation entry by entry; scalars and axes of size one are broadcast."""
-    name, shape = equation.primitive.name, equation.outvars[0].aval.shape
+    name, _, shapes, shape, _ = operation
     known = [n for n, value in enumerate(values) if not isinstance(value, Constant)]
-    data = values[known[0]]
-    if len(known) == 1 and isinstance(data, Data) and name not in ("eq", "exp"):
-        same = not data.flat and data.onehot is None
-        if same and equation.invars[known[0]].aval.shape == shape:
-            return data  # as most are: nothing about it changes
-    shapes = [atom.aval.shape for atom in equation.invars]
-    values = [aligned(v, old, shape) for v, old in zip(values, shapes, strict=True)]
-    if name == "div" and isinstance(values[1], Weight) and isinstance(values[0], Data):
-        values[1] = _as_data(uses, values[1], values[0])  # 1 / W, times data
+    if len(known) == 1 and name not in ("eq", "exp") and shapes[known[0]] == shape:
+        value = values[known[0]]
+        if isinstance(value, Data) and not value.flat and not value.onehot:
+            return value  # as most are: nothing about it changes
+    constants = [n for n, value in zip(shapes, values, strict=True) if isinstance(value, Constant)]
+    varying = frozenset(d for old in constants for d, size in enumerate(old) if size > 1)
+    values = [_aligned(v, old, shape) for v, old in zip(values, shapes, strict=True)]
+    if sum(isinstance(value, Weight) for value in values) > 1:
+        values = [_as_data(uses, v) if isinstance(v, Weight) and v.picked else v for v in values]
     weights = [value for value in values if isinstance(value, Weight)]
-    if weights and len(weights) < len(values):
-        values = _patterned(values, shapes, shape)
-        weights = [value for value in values if isinstance(value, Weight)]
+    if varying:
+        weights = [_patterned(w, varying, shape) if varying - w.dims() else w for w in weights]
     if weights:
-        met = _meet(uses, name, values, weights)
+        datas = [value for value in values if isinstance(value, Data)]
+        met = _met(uses, name, weights, datas, isinstance(values[0], Weight))
         if isinstance(met, Weight):
             return met
-        values = met
-    return _data(uses, name, values, shapes, shape)
+        left = iter(met)
+        values = [next(left) if isinstance(value, Weight) else value for value in values]
+    return _of_data(uses, name, values, varying)
 
 
-def _patterned(values: Sequence[Value], shapes: Sequence[Any], shape: Any) -> list[Value]:
-    """A weight that a constant changes along an axis varies along it: a diagonal, say."""
-    varying = {
-        dim
-        for value, old in zip(values, shapes, strict=True)
-        if isinstance(value, Constant) and len(old) == len(shape)
-        for dim, size in enumerate(old)
-        if size > 1
-    }
-    patterned: list[Value] = []
-    for value in values:
-        if isinstance(value, Weight) and varying - value.dims():
-            views = tuple(v.patterned(varying - v.dims(), shape) for v in value.views)
-            value = value._replace(views=views)
-        patterned.append(value)
-    return patterned
-
-
-def aligned(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
-    """Broadcasts scalars and axes of size one."""
-    if tuple(old) == tuple(new) or isinstance(value, Constant):
+def _aligned(value: Value, old: Shape, new: Shape) -> Value:
+    if old == new or isinstance(value, Constant):
         return value
-    dims = range(len(new)) if len(old) == len(new) else [None] * len(new)
-    if isinstance(value, Weight):
-        views = tuple(view.moved(dims, new) for view in value.views)
-        data = aligned(value.data, old, new) if value.data else None
-        return Weight(views, data)  # pyright: ignore[reportArgumentType]
-    flat = {d for d, n in enumerate(new) if n > 1 and (dims[d] is None or old[d] == 1)}
-    moved = value.moved(dims)
-    if not flat and not value.views:
-        return moved
-    views = tuple(view.moved(dims, new) for view in value.views)
-    return moved._replace(flat=moved.flat | flat, views=views)
+    return moved(value, Move(range(len(new)) if old else [None] * len(new), old, new))
 
 
-_PLAIN = Data()
+def _patterned(weight: Weight, varying: frozenset[int], shape: Shape) -> Weight:
+    """A weight that a constant changes along an axis varies along it: a diagonal, say."""
+    views = []
+    for view in weight.views:
+        sizes = {dim: shape[dim] for dim in varying - view.dims()}
+        views.append(view.spread(sizes, everywhere=True) if sizes else view)
+    return weight._replace(views=tuple(views))
 
 
-def combined(parts: Sequence[Data]) -> Data:
-    """What comes of several data that meet."""
-    if len(parts) == 1:
-        return parts[0]
-    rich = [part for part in parts if part[2:] != _PLAIN[2:]]
-    if len(rich) < 2:  # as most are: of the others only two things are known
-        return (rich or parts)[0]._replace(
-            fresh=all(part.fresh for part in parts),
-            pending=frozenset().union(*[part.pending for part in parts]),
-            flat=frozenset(),
-            cotangent=False,
-            learned=False,
-        )
-    views = {view: None for part in parts for view in part.views}
-    return Data(
-        fresh=all(part.fresh for part in parts),
-        pending=frozenset().union(*(part.pending for part in parts)),
-        views=tuple(views),
-        flat=parts[0].flat.intersection(*(part.flat for part in parts[1:])),
-        stacked=frozenset().union(*(part.stacked for part in parts)),
-        onehot=next((part.onehot for part in parts if part.onehot is not None), None),
-        suspects=frozenset().union(*(part.suspects for part in parts)),
-        soft=any(part.soft for part in parts),
-        cotangent=all(part.cotangent for part in parts),
-        learned=all(part.learned for part in parts),
-        composed=frozenset().union(*(part.composed for part in parts)),
-        outer=next((part.outer for part in parts if part.outer), ()),
-        chosen=frozenset().union(*(part.chosen for part in parts)),
-    )
-
-
-def _data(
-    uses: Uses, name: str, values: Sequence[Value], shapes: Sequence[Any], shape: Any
-) -> Data:
-    parts = [value for value in values if isinstance(value, Data)]
-    data = combined(parts)
-    if len(parts) > 1:
-        live = [v for v in data.views if uses.is_table(v) or not uses.consumed(v)]
-        if live and name in SUMS and name != "select_n":  # a residual stream is not cut into parts
-            for view in live:
-                if any(_alone(view, part, live) for part in parts if view not in part.views):
-                    uses.consume([view])
-            live = [v for v in live if uses.is_table(v) or not uses.consumed(v)]
-        pending = uses.unfollowed(data.pending)
-        if len(live) < len(data.views) or len(pending) < len(data.pending):
-            data = data._replace(views=tuple(live), pending=pending)
-    onehot = data.onehot if name in _KEEPS_ONEHOT else None
-    if name == "select_n" and (len(parts) > 1 or not isinstance(values[0], Data)):
-        onehot = None  # something else stands elsewhere
-    if name == "eq" and len(values) == 2:
-        for value, other in ((values[0], values[1]), (values[1], values[0])):
-            if isinstance(value, Data) and isinstance(other, Constant) and len(other.iota) == 1:
-                onehot = other.iota[0] if other.iota[0] in value.flat else None
-    flat = data.flat
-    for value, old in zip(values, shapes, strict=True):
-        if flat and isinstance(value, Constant) and len(old) == len(shape) > 0:
-            flat = frozenset(d for d in flat if old[d] == 1)
-    if name == "mul" and len(parts) == 2 and _crossed(*parts):
-        data = data._replace(outer=(parts[0].flat, parts[1].flat))
-    if name == "exp" and data.composed:  # scores of a learned query
-        uses.note("suspected", data.composed)
-    soft = data.soft or (name == "exp" and bool(data.suspects))
-    if (onehot, flat, soft) == (data.onehot, data.flat, data.soft):
-        return data
-    return data._replace(onehot=onehot, flat=flat, soft=soft)
-
-
-def _crossed(one: Data, other: Data) -> bool:
-    """Whether each varies along axes along which the other does not: an outer product."""
-    return bool(one.flat - other.flat) and bool(other.flat - one.flat)
-
-
-_KEEPS_ONEHOT = LINEAR | {"mul", "and", "select_n"}
-
-
-def _alone(view: View, other: Data, live: Sequence[View]) -> bool:
-    """Whether other data varies along an axis of a result, and is no result itself."""
-    dims = view.dims() - other.flat
-    return bool(dims) and not any(v in live and v.dims() & dims for v in other.views)
-
-
-def _meet(
-    uses: Uses, name: str, values: Sequence[Value], weights: Sequence[Weight]
-) -> Weight | Sequence[Value]:
-    """What weights become: a weight, or data in their place."""
-    if len(weights) > 1 and any(weight.picked for weight in weights):
-        values = [
-            _as_data(uses, v, None) if isinstance(v, Weight) and v.picked else v for v in values
-        ]
-        weights = [value for value in values if isinstance(value, Weight)]
-    if not weights:
-        return values
-    datas = [value for value in values if isinstance(value, Data)]
-    if len(weights) == 1 and not datas:
-        (weight,) = weights
-        if weight.data is None or name in LINEAR or name in ("mul", "add", "sub", "select_n"):
+def _met(
+    uses: Uses, name: str, weights: Sequence[Weight], datas: Sequence[Data], is_left: bool
+) -> Weight | list[Data]:
+    """What weights become: a weight, or data, each for itself."""
+    weight, *more = weights
+    scales = name == "mul" or (name == "div" and is_left)
+    if not datas and more:
+        made = merged(name, weights)
+        if made is not None:
+            return made
+    elif not datas:
+        if weight.data is None or scales or name in _KEEP_SCALED:
             return stopped(weight) if name in FLAT and not uses.inside_custom else weight
-        if name == "div" and values[0] is weight:
-            return weight
         if weight.picked or len(weight.dims()) < 2:
-            return [uses.settle(weight) if v is weight else v for v in values]
-        return Weight(tuple(_part(view, LOST) for view in weight.views), weight.data)
-    if not datas:
-        weight = merged(name, weights)
-        if weight is not None:
-            return weight
-    if len(weights) == 1 and len(datas) == 1:
-        (weight,), (data,) = weights, datas
-        if name in ("add", "sub") and data.cotangent and not uses.transposed:
+            return [settle(uses, weight)]
+        return weight.as_part(Part.LOST)
+    elif not more and len(datas) == 1:
+        if name in ("add", "sub") and datas[0].cotangent and not uses.transposed:
             return weight  # a step along a gradient
-        if name in ("mul", "div") and weight.dims() & data.flat:
-            sources = {view.source for view in weight.views}
-            uses.demote(sources, data.pending)
-            uses.consume(data.views)
-            data = data._replace(views=())
-            if weight.data is None:
-                return weight._replace(data=data)
-            both = combined([weight.data, data])
-            fresh = weight.data.fresh if weight.picked else both.fresh
-            return weight._replace(data=both._replace(fresh=fresh))
+        if scales and weight.dims() & datas[0].flat:
+            return _scaled(uses, weight, datas[0])
     others = combined(datas) if datas else None
-    added = name in SUMS
-    return [_as_data(uses, v, others, added) if isinstance(v, Weight) else v for v in values]
+    return [_as_data(uses, weight, others, name in SUMS) for weight in weights]
 
 
-def _as_data(uses: Uses, weight: Weight, data: Data | None, added: bool = True) -> Data:
-    picked = weight.data
-    if picked is None:
-        return uses.entrywise(weight, data, added)
-    itself = any(view.source in picked.chosen for view in weight.views)  # the nearest code, say
-    if not weight.picked or itself or picked.fresh:
-        return uses.settle(weight)
+def _scaled(uses: Uses, weight: Weight, data: Data) -> Weight:
+    """Data that is constant along some axis of a weight scales it."""
+    sources = {view.source for view in weight.views}
+    measured = [use for use in data.pending if use.kind == MATRIX and use.view.source in sources]
+    uses.note("demoted", measured)  # as for a norm of it
+    uses.consume(data.views)
+    both = combined([weight.data, data._replace(views=NONE)] if weight.data else [data])
+    fresh = weight.data.fresh if weight.data and weight.picked else both.fresh
+    return weight._replace(data=both._replace(fresh=fresh, views=NONE))
+
+
+def _as_data(uses: Uses, weight: Weight, data: Data | None = None, added: bool = True) -> Data:
+    if weight.data is None:
+        return entrywise(uses, weight, data, added)
+    itself = any(view.source in weight.data.chosen for view in weight.views)  # the nearest code
+    if not weight.picked or itself or weight.data.fresh:
+        return settle(uses, weight)
     role = "b" if weight.dims() else "o"  # rows that a router picked
-    gone = [tuple((f, role if r == "p" else r) for f, r in v.gone) for v in weight.views]
-    views = tuple(v._replace(gone=g) for v, g in zip(weight.views, gone, strict=True))
-    part = uses.entrywise(Weight(views), data or picked)
-    return combined([part, picked._replace(views=(), onehot=None)])
+    rows = Weight(tuple(view.relabelled({"p": role}) for view in weight.views))
+    part = entrywise(uses, rows, data or weight.data)
+    return combined([part, weight.data._replace(views=NONE, onehot=NONE)])
 
 
 def merged(name: str, weights: Sequence[Weight]) -> Weight | None:
     """The weight that several weights make; None if they make a token."""
     dims = [weight.dims() for weight in weights]
     most = max(dims, key=len)
-    data = [weight.data for weight in weights if weight.data is not None]
+    largest = [w for w, own in zip(weights, dims, strict=True) if own == most]
+    whole = {frozenset(v.source for v in w.views if v.part == Part.WHOLE) for w in largest}
+    sources = {view.source for weight in largest for view in weight.views}
     views: list[View] = []
     for weight, own in zip(weights, dims, strict=True):
-        others = [o for w, o in zip(weights, dims, strict=True) if w is not weight]
-        if own == most and all(o <= own for o in others):
-            equal = [w for w, o in zip(weights, dims, strict=True) if o == own]
-            sources = {frozenset(v.source for v in w.views if v.part == WHOLE) for w in equal}
-            blurred = name not in SUMS and len(sources) > 1
-            views += [_part(v, MIXED) if blurred else v for v in weight.views]
-        elif own < most and name in SUMS:
-            largest = {
-                v.source for w, o in zip(weights, dims, strict=True) if o == most for v in w.views
-            }
-            if not {v.source for v in weight.views} <= largest:
-                return None
-            views += [_part(v, SCALE) for v in weight.views]
-        elif own < most and len(others) == 1 and not own & others[0] and own:
-            views += weight.views
-        elif own < most:
-            views += [_part(v, SCALE) for v in weight.views]
-        elif name in SUMS:
+        inside = own < most and {view.source for view in weight.views} <= sources
+        if all(dim <= own for dim in dims):
+            part = Part.WHOLE if name in SUMS or len(whole) == 1 else Part.MIXED
+        elif name in SUMS and not inside:
             return None
+        elif own < most:
+            part = Part.SCALE
         else:
-            disjoint = all(not own & o for o in others)
-            views += [v if disjoint else _part(v, MIXED) for v in weight.views]
+            part = Part.WHOLE if sum(bool(own & dim) for dim in dims) == 1 else Part.MIXED
+        views += weight.as_part(part).views
+    data = [weight.data for weight in weights if weight.data is not None]
     return Weight(foremost(views), combined(data) if data else None)
-
-
-def foremost(views: Sequence[View]) -> tuple[View, ...]:
-    """Keeps the views that matter: beside a weight itself, not its statistics."""
-    sources = {view.source for view in views if _is_weight(view)}
-    kept: dict[Any, View] = {}
-    for view in views:
-        if _is_weight(view) or view.source not in sources:
-            kept.setdefault((view.source, view.spans(), view.part), view)
-    return tuple(kept.values())
 
 
 def stopped(weight: Weight) -> Weight:
     """What no gradient goes through."""
-    return weight._replace(views=tuple(view._replace(part=STOPPED) for view in weight.views))
+    return weight.as_part(Part.STOPPED)
 
 
-def _is_weight(view: View) -> bool:
-    return view.part == WHOLE and not any(r == "-" and f.size > 1 for f, r in view.gone)
+def _of_data(uses: Uses, name: str, values: Sequence[Value], varying: frozenset[int]) -> Data:
+    parts = [value for value in values if isinstance(value, Data)]
+    data = combined(parts)
+    if len(parts) > 1 and data.pending:
+        views = _uncut(uses, name, parts, data.views)
+        data = data._replace(views=views, pending=uses.unfollowed(data.pending))
+    if name == "mul" and len(parts) == 2:
+        rows, columns = parts[1].flat - parts[0].flat, parts[0].flat - parts[1].flat
+        data = data._replace(rows=rows, columns=columns) if rows and columns else data
+    if name == "exp":
+        uses.note("suspected", data.factors)  # scores of a learned query
+        data = data._replace(hard=data.hard and not data.suspects)
+    onehot = data.onehot if name in _KEEP_ONEHOT else NONE
+    if name == "eq" and len(parts) == 1:
+        (axes,) = (value.iota for value in values if isinstance(value, Constant))
+        onehot = data.flat & {*axes} if len(axes) == 1 else NONE
+    if name == "select_n" and not all(isinstance(value, Constant) for value in values[1:]):
+        onehot = NONE  # something else stands elsewhere
+    if onehot or data.onehot or varying & data.flat:
+        return data._replace(flat=data.flat - varying, onehot=onehot)
+    return data
 
 
-def _part(view: View, part: str) -> View:
-    return view if view.part in (STOPPED, LOST) else view._replace(part=part)
+def _uncut(uses: Uses, name: str, parts: Sequence[Data], views: Iterable[View]) -> frozenset[View]:
+    """Finds the results that go on in a result of several; the others are not cut any more."""
+    left = uses.unused(views)
+    if left and name in SUMS and name != "select_n":  # a residual stream is not cut into parts
+        dims = {view: view.dims() for view in left}
+        for part in parts:
+            moving = NONE.union(*[dims[view] for view in part.views if view in dims])
+            axes = [(v, dims[v] - part.flat) for v in left if v not in part.views]
+            uses.consume(view for view, own in axes if own and not own & moving)
+        left = uses.unused(left)
+    return frozenset(left)
 
 
-def unknown(uses: Uses, equation: Any, values: Sequence[Value]) -> list[Value]:
+def unknown(uses: Uses, operation: Operation, values: Sequence[Value]) -> list[Value]:
     """What no rule is known for: data goes on, and parameters are refused."""
     parts = []
     for value in values:
         if isinstance(value, Weight) and value.picked:
-            parts.append(uses.settle(value))
+            parts.append(settle(uses, value))
         elif isinstance(value, Weight):
-            uses.refuse(value, f"{equation.primitive.name} is no operation that reading follows")
+            uses.refuse(value.views, f"{operation.name} is no operation that reading follows")
             parts.append(value.data or Data())
         elif isinstance(value, Data):
             parts.append(value)
     uses.consume(view for part in parts for view in part.views)
-    return [combined([part.bare() for part in parts])] * len(equation.outvars)
+    return [combined([part.bare() for part in parts])] * operation.results

@@ -6,55 +6,55 @@ Where a constant says it, it is an index, and where it names several, a rearrang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from scion_jax.reading._elementwise import combined, foremost, unknown
-from scion_jax.reading._structure import Dims, changed, cut, moved, shapes
-from scion_jax.reading._uses import Uses
-from scion_jax.reading._views import Constant, Data, Factor, Value, View, Weight
+from scion_jax.reading._axes import changed, cut, moved
+from scion_jax.reading._elementwise import unknown
+from scion_jax.reading._meetings import entrywise
+from scion_jax.reading._uses import Operation, Uses
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, combined
+from scion_jax.reading._views import Move, Shape, View, anywhere
 
 
-def dynamic_slice(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def dynamic_slice(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Takes a part at a place that is computed."""
-    (value, *starts), (old, new) = values, shapes(equation)
+    (value, *starts), (old, *_), new = values, operation.shapes, operation.shape
     cuts = [d for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    places = _known([starts[d] for d in cuts])
-    if places is not None:
-        return _cut_at(value, old, new, dict(zip(cuts, places, strict=True)))
-    return _looked_up(uses, value, starts, cuts, range(len(old)), old, new)
+    indices = _known([starts[d] for d in cuts])
+    if indices is not None:
+        return _cut_at(value, old, new, zip(cuts, indices, strict=True))
+    return _looked_up(uses, value, starts, cuts, Move(range(len(old)), old, new))
 
 
-def gather(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def gather(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Takes entries at places that are given."""
-    (value, index), (old, new) = values, shapes(equation)
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    along = dict(
-        zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
-    )
-    gone = {*numbers.collapsed_slice_dims, *along.values()}
+    (value, index), (old, _), new = values, operation.shapes, operation.shape
+    numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
+    indexed, stacks = numbers.start_index_map, numbers.operand_batching_dims
+    along = dict(zip(numbers.start_indices_batching_dims, stacks, strict=True))
+    gone = {*numbers.collapsed_slice_dims, *stacks}
     rest, batch = iter([d for d in range(len(old)) if d not in gone]), iter(range(len(new)))
-    dims = [
+    places = [
         next(rest) if d in numbers.offset_dims else along.get(next(batch)) for d in range(len(new))
     ]
-    indexed = numbers.start_index_map
     cuts = [d for d in indexed if sizes[d] != old[d] or d in gone]
-    places = _known([index])
-    if places is not None and len(places) == len(indexed):
-        part = _cut_at(value, old, sizes, dict(zip(indexed, places, strict=True)))
-        return moved(part, dims, sizes, new)
+    indices = _known([index])
+    if indices is not None and len(indices) == len(indexed):
+        part = _cut_at(value, old, sizes, zip(indexed, indices, strict=True))
+        return moved(part, Move(places, sizes, new))
     if isinstance(value, Constant) and len(value.iota) == 2 and isinstance(index, Data):
-        return index.bare()._replace(onehot=next(n for n, d in enumerate(dims) if d is not None))
+        axis = next(n for n, d in enumerate(places) if d is not None)
+        return index.bare()._replace(onehot=frozenset([axis]))
     if isinstance(value, Weight):  # tables that go along with the indices are a stack
-        value = changed(value, lambda v: v.plain([*along.values()], old, "b"), range(len(old)))
-        if isinstance(index, Constant) and any(
-            d is None and new[n] > 1 for n, d in enumerate(dims)
-        ):
-            views = [_rearranged(view, cuts, dims, new) for view in value.views]
-            return Weight(foremost(views), value.data)
-    return _looked_up(uses, value, [index], cuts, dims, old, new)
+        value = _off_axes(value, stacks, old)
+        several = [n for n, d in enumerate(places) if d is None and new[n] > 1]
+        if isinstance(index, Constant) and several:
+            move = Move(places, old, new)
+            return changed(value, lambda view: _reordered(view, cuts, several, move), places)
+    return _looked_up(uses, value, [index], cuts, Move(places, old, new))
 
 
 def _known(index: Sequence[Value]) -> list[int] | None:
@@ -62,71 +62,62 @@ def _known(index: Sequence[Value]) -> list[int] | None:
     return None if any(v is None for v in values) else [int(n) for v in values for n in np.ravel(v)]
 
 
-def _cut_at(value: Value, old: Sequence[int], sizes: Sequence[int], places: dict[int, int]) -> Any:
-    starts = {d: max(0, min(place, old[d] - sizes[d])) for d, place in places.items()}
-    ranges = ((starts.get(d, 0), n) for d, n in enumerate(sizes))
-    return cut(value, old, [(start, start + n, 1) for start, n in ranges])
+def _cut_at(value: Value, old: Shape, sizes: Shape, indices: Iterable[tuple[int, int]]) -> Any:
+    starts = dict.fromkeys(range(len(old)), 0)
+    starts |= {d: max(0, min(index, old[d] - sizes[d])) for d, index in indices}
+    return cut(value, old, [(starts[d], starts[d] + n, 1) for d, n in enumerate(sizes)])
 
 
-def _rearranged(view: View, cuts: Sequence[int], dims: Dims, new: Sequence[int]) -> View:
+def _off_axes(weight: Weight, axes: Sequence[int], sizes: Shape, role: str = "b") -> Weight:
+    """Takes the parameters off axes, which stay."""
+    move = Move([None if d in axes else d for d in range(len(sizes))], sizes, sizes)
+    return weight._replace(views=tuple(view.moved(move, role) for view in weight.views))
+
+
+def _reordered(view: View, cuts: Sequence[int], several: Sequence[int], move: Move) -> View:
     """Entries of an axis at places that a constant names: along the axes of the indices."""
-    own = {f.axis: None for d in cuts for f in view.own(d)}
-    axes = tuple(
-        tuple(Factor(a, -1, n) for a in own) if d is None and n > 1 and own else axis
-        for d, n, axis in zip(dims, new, view.moved(dims, new).axes, strict=True)
-    )
-    return view._replace(axes=axes)
+    own, axes = view.own(*cuts), list(view.moved(move).axes)
+    for dim in several if own else ():
+        axes[dim] = anywhere(own, move.new[dim], stride=-1)
+    return view._replace(axes=tuple(axes))
 
 
 def _looked_up(
-    uses: Uses,
-    value: Value,
-    index: Sequence[Value],
-    cuts: Sequence[int],
-    dims: Dims,
-    old: Sequence[int],
-    new: Sequence[int],
+    uses: Uses, value: Value, index: Sequence[Value], cuts: Sequence[int], move: Move
 ) -> Value:
-    given = [part for part in index if not isinstance(part, Constant)]
-    picks = [part.bare() if isinstance(part, Data) else Data() for part in given]
+    indices = [part for part in index if not isinstance(part, Constant)]
+    picks = [part.bare() if isinstance(part, Data) else Data() for part in indices]
     if isinstance(value, Constant):
         return combined(picks) if picks else Constant()
     if isinstance(value, Data):
-        through = [view for view in value.views if picks or any(view.own(d) for d in cuts)]
+        through = frozenset(v for v in value.views if picks or v.own(*cuts))
         uses.consume(through)
-        kept = tuple(view for view in value.views if view not in through)
-        found = moved(value._replace(views=kept), dims, old, new)
-        return combined([found, *picks])._replace(flat=frozenset(), onehot=None)
-    role = "p" if picks else "b"
-    sizes = [new[dims.index(d)] if d in dims else 1 for d in range(len(old))]
-    views = [view.plain(cuts, sizes, role).moved(dims, new) for view in value.views]
-    data = value.data and value.data.moved(dims)
-    if picks:
-        uses.looked_up |= dict.fromkeys((view.source for view in views), uses.place())
-        found = combined(picks)._replace(flat=frozenset().union(*(v.dims() for v in views)))
-        data = combined([data, found]) if data else found
-    return Weight(tuple(views), data)
+        found = moved(value._replace(views=value.views - through), move)
+        return combined([found, *picks])._replace(flat=NONE, onehot=NONE)
+    places = list(move.places)
+    sizes = [move.new[places.index(d)] if d in places else 1 for d in range(len(move.old))]
+    weight = _off_axes(value, cuts, sizes, "p" if picks else "b")
+    weight = Weight(*changed(weight, lambda view: view.moved(move), places))
+    if not picks:
+        return weight
+    uses.looked_up |= dict.fromkeys((view.source for view in weight.views), uses.place())
+    found = combined(picks)._replace(flat=weight.dims())
+    return weight._replace(data=combined([weight.data, found]) if weight.data else found)
 
 
-def update(uses: Uses, equation: Any, values: Sequence[Value]) -> Any:
+def update(uses: Uses, operation: Operation, values: Sequence[Value]) -> Any:
     """Puts entries into an array."""
-    place = 1 if equation.primitive.name == "dynamic_update_slice" else 2
-    operand, updates = values[0], values[place]
+    place = 1 if operation.name == "dynamic_update_slice" else 2
+    operand, updates, shape = values[0], values[place], operation.shape
     others = [value for n, value in enumerate(values) if n not in (0, place)]
-    shape = equation.outvars[0].aval.shape
-    same_rank = len(shape) == len(equation.invars[place].aval.shape)
     if all(isinstance(value, Constant) for value in others):
         if isinstance(operand, Weight) and isinstance(updates, Constant):
             return operand
+        same_rank = len(shape) == len(operation.shapes[place])
         if isinstance(operand, Constant) and isinstance(updates, Weight) and same_rank:
-            return updates._replace(views=tuple(_placed(view, shape) for view in updates.views))
+            sizes = dict(enumerate(shape))
+            return changed(updates, lambda view: view.spread(sizes), range(len(shape)))
     for token, data in ((updates, operand), (operand, updates)):  # a token among data
         if isinstance(token, Weight) and isinstance(data, Data) and not token.data:
-            return unknown(uses, equation, [uses.entrywise(token, data), data, *others])
-    return unknown(uses, equation, values)
-
-
-def _placed(view: View, shape: Sequence[int]) -> View:
-    for dim, size in enumerate(shape):
-        view = view.spread(dim, size)
-    return view
+            return unknown(uses, operation, [entrywise(uses, token, data), data, *others])
+    return unknown(uses, operation, values)

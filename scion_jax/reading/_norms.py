@@ -14,6 +14,7 @@ from scion_jax.norms import BiasRMS, ColNorm, Norm, Sign, Spectral, possible_lay
 from scion_jax.reading._roles import Role, read_roles
 
 _SWAPPED = str.maketrans("io", "oi")
+_NAMES = {"unused": "unused", "unknown": "unknown", "vector": "vectors", "embedding": "embedding"}
 
 
 def infer_norms(
@@ -77,29 +78,31 @@ def infer_norms(
 
     Source: [S] Pethick et al., arXiv:2502.07529, Recommendation 3.1.
     """
-    given = {"hidden": hidden, "embeddings": embeddings, "vectors": vectors}
-    given |= {name: norm for name, norm in (("last", last), ("first", first)) if norm is not None}
-    for name, norm in given.items():
-        _check_norm(name, norm)
-    patterns = _read_rules(rules)
+    norms = {"last": last, "hidden": hidden, "first": first}
+    norms |= {"embeddings": embeddings, "vectors": vectors}
+    for name, norm in norms.items():
+        _check_norm(name, norm, optional=name in ("last", "first"))
     roles = read_roles(function, params, *inputs, has_aux=has_aux)
-    found = _matched(patterns, roles)
+    found = _matched(rules, roles)
     if first is None:
         first = dataclasses.replace(hidden, max=True) if isinstance(hidden, Spectral) else hidden
-    _check_last(last, [role for role in roles if role.last and role.path not in found])
+    norms |= {"first": first, "embedding": embeddings, "unused": vectors, "unknown": vectors}
+    if last is not None:
+        _check_last(last, [role for role in roles if role.last and role.path not in found])
 
     entries, problems = [], []
     for role in roles:
         pattern = found.get(role.path)
-        if pattern is not None and rules[pattern].layout is not None:
-            name, norm, layout = repr(pattern), rules[pattern], rules[pattern].layout
-        elif role.problem:
+        name = repr(pattern) if pattern is not None else _name(role, last)
+        norm: Any = norms[name] if pattern is None else rules[pattern]
+        layout = norm.layout or role.layout or "o" * max(len(role.shape), 1)
+        if role.problem and norm.layout is None:
             problems.append(_what_to_write(role))
             continue
-        elif pattern is not None:
-            name, norm, layout = repr(pattern), rules[pattern], role.layout
-        else:
-            name, norm, layout = _by_kind(role, last, hidden, first, embeddings, vectors)
+        if role.kind == "tied" and name == "embedding":
+            layout = layout.translate(_SWAPPED)
+        if role.kind == "tied" and name == "last" and isinstance(norm, Sign):
+            norm = dataclasses.replace(norm, zero_init=False)  # as a head may, an embedding not
         norm = dataclasses.replace(norm, layout=layout)
         norm.read(role.shape, f"leaf '{role.path}'")
         entries.append(Entry(role.path, role.shape, f"{name} {layout}", norm, role.used_at))
@@ -117,27 +120,20 @@ def infer_norms(
     return Assignment(tuple(entries))
 
 
-def _by_kind(
-    role: Role, last: Norm | None, hidden: Norm, first: Norm, embeddings: Norm, vectors: Norm
-) -> tuple[str, Norm, str]:
-    """Finds the first word of the label, the norm and the layout where no rule holds."""
-    if role.kind == "unused":
-        return "unused", vectors, "o" * max(len(role.shape), 1)
-    if role.kind == "vector":
-        return "vectors", vectors, role.layout
-    if role.kind == "embedding":
-        return "embedding", embeddings, role.layout
-    if role.kind == "tied" and role.last and last is None:
-        return "embedding", embeddings, role.layout.translate(_SWAPPED)
-    if role.kind == "tied" and role.last and isinstance(last, Sign):
-        # A head may start at zero, an embedding must not.
-        return "last", dataclasses.replace(last, zero_init=False), role.layout
+def _name(role: Role, last: Norm | None) -> str:
+    """Finds which norm a parameter has that no rule is for."""
+    if role.kind in _NAMES:
+        return _NAMES[role.kind]
     if role.last and last is not None:
-        return "last", last, role.layout
-    return ("first", first, role.layout) if role.first else ("hidden", hidden, role.layout)
+        return "last"
+    if role.last and role.kind == "tied":
+        return "embedding"
+    return "first" if role.first else "hidden"
 
 
-def _check_norm(name: str, norm: object) -> None:
+def _check_norm(name: str, norm: object, optional: bool) -> None:
+    if norm is None and optional:
+        return
     if not isinstance(norm, Norm):
         raise TypeError(f"{name} is a Norm such as Spectral(50.0); got {norm!r}")
     if norm.layout is not None:
@@ -147,15 +143,35 @@ def _check_norm(name: str, norm: object) -> None:
         )
 
 
-def _read_rules(rules: Mapping[str, Norm]) -> dict[str, re.Pattern[str]]:
-    if not isinstance(rules, Mapping):
-        raise TypeError(f"rules map patterns of paths to norms; got {rules!r}")
+def _matched(rules: Mapping[str, Norm], roles: Sequence[Role]) -> dict[str, str]:
+    """Finds the rule of every parameter that has one."""
+    found: dict[str, str] = {}
+    for pattern, expression in _compiled(rules).items():
+        hits = [
+            r for r in roles if any(map(expression.search, (r.path, without_collection(r.path))))
+        ]
+        meant = [role for role in hits if role.kind != "vector"] or hits
+        new = [role.path for role in meant if role.path not in found]
+        if not hits:
+            closest = nearest(pattern, [role.path for role in roles])
+            hint = f"; the nearest is '{closest}'" if closest else ""
+            raise ValueError(f"rules[{pattern!r}] finds no parameter{hint}")
+        if not new:
+            raise ValueError(
+                f"rules[{pattern!r}] only finds parameters of rules before it, such as "
+                f"'{meant[0].path}'; leave it out, or put it first"
+            )
+        found |= dict.fromkeys(new, pattern)
+    return found
+
+
+def _compiled(rules: Mapping[str, Norm]) -> dict[str, re.Pattern[str]]:
     patterns = {}
-    for pattern, norm in rules.items():
+    for pattern, norm in rules.items() if isinstance(rules, Mapping) else [("", rules)]:
         if not (isinstance(pattern, str) and isinstance(norm, Norm)):
             raise TypeError(
-                f"rules map patterns of paths to norms, such as {{'^head': Sign(16.0)}}; got "
-                f"{pattern!r}: {norm!r}"
+                "rules map patterns of paths to norms, such as {'^head': Sign(16.0)}; got "
+                f"{rules!r}"
             )
         try:
             patterns[pattern] = re.compile(pattern)
@@ -164,41 +180,17 @@ def _read_rules(rules: Mapping[str, Norm]) -> dict[str, re.Pattern[str]]:
     return patterns
 
 
-def _matched(patterns: Mapping[str, re.Pattern[str]], roles: Sequence[Role]) -> dict[str, str]:
-    """Finds the rule of every parameter that has one."""
-    found: dict[str, str] = {}
-    for pattern, expression in patterns.items():
-        hits = [
-            r for r in roles if any(map(expression.search, (r.path, without_collection(r.path))))
-        ]
-        meant = [role for role in hits if role.kind != "vector"] or hits
-        new = [role.path for role in meant if role.path not in found]
-        if not new:
-            closest = nearest(pattern, [role.path for role in roles])
-            why = (
-                f"only finds parameters of rules before it, such as '{meant[0].path}'; leave it "
-                "out, or put it first"
-                if meant
-                else "finds no parameter" + (f"; the nearest is '{closest}'" if closest else "")
-            )
-            raise ValueError(f"rules[{pattern!r}] {why}")
-        found |= dict.fromkeys(new, pattern)
-    return found
-
-
-def _check_last(last: Norm | None, candidates: Sequence[Role]) -> None:
-    if last is None:
-        return
-    if not candidates:
+def _check_last(last: Norm, heads: Sequence[Role]) -> None:
+    if not heads:
         raise ValueError(
             "no matrix has a result that reaches the outputs with no product after it, so there is "
             "no output layer for last: write last=None, and rules={'^path$': …} for what you mean"
         )
-    if len({(role.layout, role.shape) for role in candidates}) > 1:
-        listed = ", ".join(f"'{role.path}' {role.shape}" for role in candidates)
+    if len({(role.layout, role.shape) for role in heads}) > 1:
+        listed = ", ".join(f"'{role.path}' {role.shape}" for role in heads)
         raise ValueError(
             f"several parameters could be the output layer: {listed}; write last=None, and rules="
-            f"{{'^{re.escape(candidates[0].path)}$': {last}, …}} for each of them"
+            f"{{'^{re.escape(heads[0].path)}$': {last}, …}} for each of them"
         )
 
 

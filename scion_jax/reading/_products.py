@@ -12,308 +12,197 @@ end makes the parameter unknown.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from scion_jax.reading._elementwise import combined, foremost, merged, unknown
-from scion_jax.reading._uses import MATRIX, VECTOR, Uses, composed
-from scion_jax.reading._views import (
-    LOST,
-    MIXED,
-    PLAIN,
-    WHOLE,
-    Constant,
-    Data,
-    Factor,
-    Value,
-    View,
-    Weight,
-)  # fmt: skip
-
-Dims = Sequence[int]
+from scion_jax.reading._axes import changed
+from scion_jax.reading._elementwise import merged, unknown
+from scion_jax.reading._meetings import product, settle
+from scion_jax.reading._uses import Operation, Uses
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight, combined, foremost
+from scion_jax.reading._views import Move, Part, Shape, View, anywhere
 
 
-class _Sums(NamedTuple):
-    """Which axes a product takes together, of its left and of its right operand.
+class Side(NamedTuple):
+    """What a product does with the axes of one of its operands.
 
     Attributes:
-        contract: Axes that are summed over.
-        batch: Axes that both share.
+        contract: Axes that are summed over, in the order of those of the other operand.
+        batch: Axes that both share, in the same order.
         free: All others.
-        places: For each axis of the result the axis of the operand, or None.
-        shape: Shape of the result.
+        move: Where they are in the result.
     """
 
-    contract: Sequence[Dims]
-    batch: Sequence[Dims]
-    free: Sequence[Dims]
-    places: Sequence[Sequence[int | None]]
-    shape: Dims
+    contract: Sequence[int]
+    batch: Sequence[int]
+    free: Sequence[int]
+    move: Move
+
+    def letters(self) -> dict[int, str]:
+        """What the axes of a weight are, but those of a batch."""
+        return {**dict.fromkeys(self.contract, "i"), **dict.fromkeys(self.free, "o")}
+
+    def has_both(self, weight: Weight) -> bool:
+        """Whether a weight has inputs and outputs here."""
+        return all(weight.dims() & {*dims} for dims in (self.contract, self.free))
+
+    def is_token(self, weight: Weight) -> bool:
+        """Whether a weight was broadcast to a batch before: a learned token, and no weight."""
+        return any(self.move.old[d] > 1 and d not in weight.dims() for d in self.free)
 
 
-def dot_general(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def dot_general(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Follows a product over any axes."""
-    contract, batch = equation.params["dimension_numbers"]
-    ranks = [len(atom.aval.shape) for atom in equation.invars]
-    return _dot(uses, values, _sums(contract, batch, ranks, equation.outvars[0].aval.shape))
+    contract, batch = operation.params["dimension_numbers"]
+    return _dot(uses, values, _sides(contract, batch, operation.shapes, operation.shape))
 
 
-def ragged_dot(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
+def ragged_dot(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
     """Follows a product of each row with the matrix of its group."""
-    numbers, shape = equation.params["ragged_dot_dimension_numbers"], equation.outvars[0].aval.shape
-    groups, (left, right, *_) = numbers.rhs_group_dimensions, values
-    left = uses.settle(left) if isinstance(left, Weight) and left.data else left
+    numbers, (left, right, *_) = operation.params["ragged_dot_dimension_numbers"], values
+    left = settle(uses, left) if isinstance(left, Weight) and left.data else left
     if not isinstance(right, Weight) or not isinstance(left, Data):
-        return unknown(uses, equation, values)[0]
-    sizes = equation.invars[1].aval.shape
-    kept = [d for d in range(len(sizes)) if d not in groups]
-    views = tuple(view.moved(kept, [sizes[d] for d in kept]) for view in right.views)
-    (left_sum, right_sum), (left_batch, right_batch) = numbers.dot_dimension_numbers
-    contract = left_sum, [kept.index(d) for d in right_sum]
-    batch = left_batch, [kept.index(d) for d in right_batch]
-    ranks = len(equation.invars[0].aval.shape), len(kept)
-    return _dot(uses, [left, right._replace(views=views)], _sums(contract, batch, ranks, shape))
+        return unknown(uses, operation, values)[0]
+    shapes, groups = operation.shapes, numbers.rhs_group_dimensions
+    kept = [d for d in range(len(shapes[1])) if d not in groups]
+    move = Move(kept, shapes[1], [shapes[1][d] for d in kept])
+    right = changed(right, lambda view: view.moved(move), kept)
+    contract, batch = (
+        (dims[0], [kept.index(d) for d in dims[1]]) for dims in numbers.dot_dimension_numbers
+    )
+    return _dot(
+        uses, [left, right], _sides(contract, batch, [shapes[0], move.new], operation.shape)
+    )
 
 
-def _sums(contract: Any, batch: Any, ranks: Dims, shape: Dims) -> _Sums:
-    free = [
-        [d for d in range(rank) if d not in c and d not in b]
-        for c, b, rank in zip(contract, batch, ranks, strict=True)
-    ]
-    blanks = [[None] * len(dims) for dims in free]
-    places = [*batch[0], *free[0], *blanks[1]], [*batch[1], *blanks[0], *free[1]]
-    return _Sums(contract, batch, free, places, shape)
+def _sides(contract: Any, batch: Any, shapes: Sequence[Shape], shape: Shape) -> tuple[Side, Side]:
+    left, right = (
+        [d for d in range(len(n)) if d not in c and d not in b]
+        for c, b, n in zip(contract, batch, shapes, strict=False)
+    )
+    places = [*batch[0], *left, *[None] * len(right)], [*batch[1], *[None] * len(left), *right]
+    return (
+        Side(contract[0], batch[0], left, Move(places[0], shapes[0], shape)),
+        Side(contract[1], batch[1], right, Move(places[1], shapes[1], shape)),
+    )
 
 
-def _dot(uses: Uses, values: Sequence[Value], sums: _Sums) -> Value:
-    weights = [value for value in values if isinstance(value, Weight)]
-    sides = [isinstance(v, Weight) and _has_sides(v, n, sums) for n, v in enumerate(values)]
-    both = len(weights) == 2 and (all(sides) or not all(weight.data for weight in weights))
+def _dot(uses: Uses, values: Sequence[Value], sides: tuple[Side, Side]) -> Value:
+    pairs = list(zip(values, sides, strict=True))
+    weights = [(value, side) for value, side in pairs if isinstance(value, Weight)]
+    serve = all(side.has_both(weight) for weight, side in weights)
+    both = len(weights) == 2 and (serve or not all(weight.data for weight, _ in weights))
     values = [  # a row that data looked up, say, is data, unless it serves as a weight
-        uses.settle(v)
-        if isinstance(v, Weight) and v.data and (both or (v.picked and not has_sides))
+        settle(uses, v)
+        if isinstance(v, Weight) and v.data and (both or (v.picked and not side.has_both(v)))
         else v
-        for v, has_sides in zip(values, sides, strict=True)
+        for v, side in pairs
     ]
-    weights = [value for value in values if isinstance(value, Weight)]
-    if len(weights) == 2:  # broadcast to a batch before, a learned token, and no weight
+    if all(isinstance(value, Weight) for value in values):
         values = [
-            uses.entrywise(value)
-            if isinstance(value, Weight) and _is_token(value, n, sums)
-            else value
-            for n, value in enumerate(values)
+            settle(uses, v) if isinstance(v, Weight) and side.is_token(v) else v
+            for v, side in zip(values, sides, strict=True)
         ]
-    match values:
-        case Weight(), Weight():
-            return _composed(values, sums)
-        case Weight() as weight, Constant():
-            return _rearranged(uses, weight, 0, sums)
-        case Constant(), Weight() as weight:
-            return _rearranged(uses, weight, 1, sums)
-        case Weight() as weight, Data() as data:
-            return _with_data(uses, weight, data, 0, sums)
-        case Data() as data, Weight() as weight:
-            return _with_data(uses, weight, data, 1, sums)
-        case Constant(), Constant():
-            return Constant()
-    return _of_data(uses, values, sums)
+    left, right = values
+    if isinstance(left, Weight) and isinstance(right, Weight):
+        return _composed([left, right], sides)
+    for weight, other, (mine, theirs) in ((left, right, sides), (right, left, sides[::-1])):
+        if isinstance(weight, Weight) and isinstance(other, Data):
+            return _with_data(uses, weight, other, mine, theirs)
+        if isinstance(weight, Weight):
+            return _rearranged(uses, weight, mine)
+    return of_data(uses, [left, right], sides)
 
 
-def _has_sides(weight: Weight, side: int, sums: _Sums) -> bool:
-    return all(weight.dims() & {*dims[side]} for dims in (sums.contract, sums.free))
+def _with_data(uses: Uses, weight: Weight, data: Data, mine: Side, other: Side) -> Value:
+    letters = mine.letters()
+    if data.onehot & {*other.contract}:  # it picks entries of an axis
+        if len(other.contract) == 1 and not weight.data:
+            views = tuple(view.moved(mine.move, "p") for view in weight.views)
+            picks = data.placed(other.move.places)
+            flat = other.move.repeated()
+            return Weight(views, picks._replace(views=NONE, onehot=NONE, flat=flat))
+        pairs = zip(mine.contract, other.contract, strict=True)
+        letters |= {axis: "b" for axis, theirs in pairs if theirs in data.onehot}
+    elif data.rows & {*other.contract} and data.columns & {*other.contract}:
+        weight = weight.as_part(Part.LOST)  # of inputs and gates, say
+    alone = not weight.dims() & {*letters}  # by batch axes alone: entry by entry
+    for axis, theirs in zip(mine.batch, other.batch, strict=True):
+        letters[axis] = "o" if alone and theirs not in data.stacked else "b"
+        if not alone and axis in weight.dims():
+            data = data._replace(stacked=data.stacked | {theirs})
+            uses.stack(data.views, theirs)
+    places = [d if alone or d not in mine.batch else None for d in mine.move.places]
+    pairs = [view.paired(letters) for view in weight.views]
+    made = product(uses, weight, pairs, data, mine.move._replace(places=places))
+    stacked = frozenset(n for n, d in enumerate(other.move.places) if d in data.stacked)
+    return made._replace(stacked=stacked)
 
 
-def _is_token(weight: Weight, side: int, sums: _Sums) -> bool:
-    sizes = {d: n for d, n in zip(sums.places[side], sums.shape, strict=True) if d is not None}
-    return any(sizes[d] > 1 and d not in weight.dims() for d in sums.free[side])
-
-
-def _with_data(uses: Uses, weight: Weight, data: Data, side: int, sums: _Sums) -> Value:
-    contract, batch, free = sums.contract[side], sums.batch[side], sums.free[side]
-    theirs, passed = sums.contract[1 - side], sums.places[1 - side]
-    letters = {**dict.fromkeys(contract, "i"), **dict.fromkeys(free, "o")}
-    if data.onehot is not None and data.onehot in theirs:  # it picks entries of an axis
-        if len(theirs) == 1 and not weight.data:
-            views = tuple(v.moved(sums.places[side], sums.shape, "p") for v in weight.views)
-            flat = frozenset(n for n, d in enumerate(passed) if d is None)
-            return Weight(views, data.moved(passed)._replace(views=(), onehot=None, flat=flat))
-        letters[contract[list(theirs).index(data.onehot)]] = "b"
-    alone = not weight.dims() & {*contract, *free}  # by batch axes alone: entry by entry
-    for mine, other in zip(batch, sums.batch[1 - side], strict=True):
-        letters[mine] = "o" if alone and other not in data.stacked else "b"
-        if not alone and any(view.own(mine) for view in weight.views):
-            data = data._replace(stacked=data.stacked | {other})
-            uses.stack(data.views, other)
-    outer = data.outer if data.onehot not in theirs else ()
-    if outer and all(axes & {*theirs} for axes in outer):  # of inputs and gates, say
-        weight = weight._replace(views=tuple(v._replace(part=LOST) for v in weight.views))
-    ours = [d if alone or d not in batch else None for d in sums.places[side]]
-    stacked = frozenset(n for n, d in enumerate(passed) if d in data.stacked)
-    roles = [[(f, letters[d]) for d in letters for f in view.own(d)] for view in weight.views]
-    kind = VECTOR if alone else MATRIX
-    return _product(uses, weight, roles, data, ours, sums.shape, kind)._replace(stacked=stacked)
-
-
-def _product(
-    uses: Uses,
-    weight: Weight,
-    roles: Sequence[Sequence[tuple[Factor, str]]],
-    data: Data,
-    dims: Sequence[int | None],
-    shape: Dims,
-    kind: str = MATRIX,
-) -> Data:
-    """Notes a product; returns its result, with views of the axes of the weight that are in it."""
-    if weight.data:
-        data = combined([weight.data._replace(flat=frozenset()), data._replace(flat=frozenset())])
-    keys = uses.product(weight, roles, data, kind)
-    uses.note("suspected", data.suspects)
-    made = tuple(
-        view.moved(dims, shape)._replace(source=key, gone=())
-        for view, key in zip(weight.views, keys, strict=True)
-    )
-    plain = any(view.part == WHOLE and not composed(view) for view in weight.views)
-    pairs = () if plain else (k for v, k in zip(weight.views, keys, strict=True) if composed(v))
-    return Data(
-        pending=frozenset(keys), views=made, learned=data.learned, composed=frozenset(pairs)
-    )
-
-
-def _of_data(uses: Uses, values: Sequence[Value], sums: _Sums) -> Data:
-    """A product of data with data or a constant."""
-    parts = [(value, side) for side, value in enumerate(values) if isinstance(value, Data)]
-    joined = combined([part._replace(flat=frozenset(), onehot=None) for part, _ in parts])
-    stacked, suspects, onehot = set(), joined.suspects, None
+def of_data(uses: Uses, values: Sequence[Value], sides: Sequence[Side]) -> Value:
+    """Follows a product of data with data or a constant."""
+    pairs = list(zip(values, sides, strict=True))
+    parts = [(value, side) for value, side in pairs if isinstance(value, Data)]
+    if not parts:
+        return Constant()
+    joined = combined([part.placed(side.move.places) for part, side in parts])
+    suspects = joined.suspects
     for part, side in parts:
-        places = list(sums.places[side])
-        onehot = places.index(part.onehot) if part.onehot in {*places} - {None} else onehot
-        stacked |= {n for n, d in enumerate(sums.places[side]) if d in part.stacked}
-        apart = [v for v in part.views if not v.dims() & {*sums.batch[side]}]
-        contract = [d for d in sums.contract[side] if not uses.mixed(apart, d)]
-        made = [v for v in part.views if _as_weight(v, contract, sums.free[side])]
+        apart = [view for view in part.views if not view.dims() & {*side.batch}]
+        contract = [d for d in side.contract if not uses.stack(apart, d, summed=True)]
+        made = [view for view in part.views if _as_weight(view, contract, side.free)]
         suspects |= {view.source for view in made}
         uses.consume(part.views)
-    free = [
-        frozenset(n for n, d in enumerate(places) if d in dims)
-        for places, dims in zip(sums.places, sums.free, strict=False)
-    ]
-    is_outer = len(parts) == 2 and all(free) and len(free) == 2 and not sums.contract[0]
+    rows, columns = (
+        frozenset(n for n, d in enumerate(s.move.places) if d in s.free) for s in sides
+    )
+    is_outer = len(parts) == 2 and rows and columns and not sides[0].contract
     return joined._replace(
-        views=(), stacked=frozenset(stacked), soft=False, onehot=onehot, composed=frozenset(),
-        outer=tuple(free) if is_outer else (), pending=uses.unfollowed(joined.pending),
-        suspects=frozenset() if len(parts) == 2 and joined.soft else suspects,
+        views=NONE, flat=NONE, hard=True, factors=NONE, pending=uses.unfollowed(joined.pending),
+        rows=rows if is_outer else NONE, columns=columns if is_outer else NONE,
+        suspects=suspects if len(parts) == 1 or joined.hard else NONE,
     )  # fmt: skip
 
 
-def _as_weight(view: View, contract: Dims, free: Dims) -> bool:
+def _as_weight(view: View, contract: Sequence[int], free: Sequence[int]) -> bool:
     """Whether a result serves as a weight: one axis is contracted, another one goes on."""
     inside = {f.axis for d in contract for f in view.own(d) if f.size > 1}
     outside = {f.axis for d in free for f in view.own(d) if f.size > 1}
     return any(a != b for a in inside for b in outside)
 
 
-def _composed(values: Sequence[Any], sums: _Sums) -> Weight:
+def _composed(weights: Sequence[Any], sides: Sequence[Side]) -> Weight:
     """`A @ B`: the inner axis is the output of the first that data meets, so of the left one."""
-    shared = {view.source for view in values[0].views} & {view.source for view in values[1].views}
-    matrices = all(_has_sides(weight, side, sums) for side, weight in enumerate(values))
+    shared = {view.source for view in weights[0].views} & {view.source for view in weights[1].views}
+    matrices = all(side.has_both(weight) for weight, side in zip(weights, sides, strict=True))
     moved = []
-    for side, weight in enumerate(values):
+    for weight, side, role in zip(weights, sides, "OI", strict=True):
         views = []
         for view in weight.views:
-            part = view.part
-            if part == WHOLE and sums.contract[side] and (shared or not matrices):
-                part = LOST if matrices else MIXED
-            role = "OI"[side] if matrices and not shared else "-"
-            views.append(view.moved(sums.places[side], sums.shape, role)._replace(part=part))
+            if view.part == Part.WHOLE and side.contract and (shared or not matrices):
+                view = view.as_part(Part.LOST if matrices else Part.MIXED)
+            views.append(view.moved(side.move, role if matrices and not shared else "-"))
         moved.append(Weight(tuple(views)))
-    if not sums.contract[0]:  # entry by entry
+    if not sides[0].contract:  # entry by entry
         return merged("mul", moved) or moved[0]
     return Weight(foremost([*moved[0].views, *moved[1].views]))
 
 
-def _rearranged(uses: Uses, weight: Weight, side: int, sums: _Sums) -> Weight | Data:
+def _rearranged(uses: Uses, weight: Weight, side: Side) -> Value:
     """A product with a constant rearranges an axis, which keeps its role, or sums over it."""
+    move = side.move
     if uses.transposed:  # the derivative of a sum of outputs
-        letters = {**dict.fromkeys(sums.contract[side], "i"), **dict.fromkeys(sums.free[side], "o")}
-        roles = [[(f, letters[d]) for d in letters for f in v.own(d)] for v in weight.views]
-        return _product(uses, weight, roles, Data(), sums.places[side], sums.shape)._replace(
-            views=()
-        )
-    new = [d is None for d in sums.places[side]]
+        pairs = [view.paired(side.letters()) for view in weight.views]
+        return product(uses, weight, pairs, Data(), move)._replace(views=NONE)
     views = []
     for view in weight.views:
-        inner = {f.axis: None for d in sums.contract[side] for f in view.own(d)}
-        moved = view.moved(sums.places[side], sums.shape, "-")
-        if inner and any(new):
-            gone = tuple((Factor(axis, 0, 1), "c") for axis in inner)
-            rows = [tuple(Factor(axis, 0, n) for axis in inner if n > 1) for n in sums.shape]
-            axes = tuple(
-                r if is_new else axis for r, is_new, axis in zip(rows, new, moved.axes, strict=True)
+        inner = view.own(*side.contract)
+        placed = view.moved(move, "-")
+        if inner and None in move.places:
+            axes = zip(move.places, move.new, placed.axes, strict=True)
+            placed = placed._replace(
+                axes=tuple(anywhere(inner, n) if d is None else axis for d, n, axis in axes),
+                gone=view.gone + tuple((factor, "c") for factor in anywhere(inner, 1)),
             )
-            moved = moved._replace(axes=axes, gone=view.gone + gone)
-        views.append(moved)
-    return Weight(tuple(views), weight.data and weight.data._replace(flat=frozenset()))
-
-
-def convolution(uses: Uses, equation: Any, values: Sequence[Value]) -> Value:
-    """Follows a convolution: `rhs_spec` tells what is what in the kernel."""
-    params, shape = equation.params, equation.outvars[0].aval.shape
-    numbers, (image, kernel) = params["dimension_numbers"], values
-    out, inside, *window = numbers.rhs_spec
-    if isinstance(image, Weight) and isinstance(kernel, Constant):  # a filter that does not learn
-        return image._replace(views=tuple(view.mixed(shape) for view in image.views))
-    if isinstance(image, Weight) and image.data:
-        image = uses.settle(image)
-    if isinstance(image, Weight):
-        if any(view.dims() & {numbers.lhs_spec[0]} for view in image.views):
-            uses.refuse(image, "it takes the place of the images in a convolution")
-        image = uses.entrywise(image)  # a learned image
-    if isinstance(kernel, Weight):
-        if isinstance(image, Constant) or params["batch_group_count"] != 1:
-            return unknown(uses, equation, [image, kernel])[0]
-        letters = {inside: "i", **dict.fromkeys(window, "s")}
-        roles = [
-            [(f, letters[d]) for d in letters for f in view.own(d)]
-            + _grouped(view.axes[out], params["feature_group_count"])
-            for view in kernel.views
-        ]
-        places = [out if d == numbers.out_spec[1] else None for d in range(len(shape))]
-        return _product(uses, kernel, roles, image, places, shape)
-    if isinstance(image, Constant) and isinstance(kernel, Constant):
-        return Constant()
-    ranks = len(numbers.lhs_spec)
-    contract, free = ([], [inside, *window]), (list(range(ranks)), [out])
-    return _of_data(uses, values, _Sums(contract, ([], []), free, ([], []), shape))
-
-
-def _grouped(axis: Sequence[Factor], groups: int) -> list[tuple[Factor, str]]:
-    """Gives the outermost `groups` of the output channels to groups, the rest to outputs."""
-    roles = []
-    for factor in axis:
-        shared = math.gcd(groups, factor.size) if groups > 1 else 1
-        inner = factor.size // shared
-        if groups > 1 and factor.axis != PLAIN:
-            roles.append((Factor(factor.axis, factor.stride * inner, shared), "g"))
-            if inner > 1:
-                roles.append((factor._replace(size=inner), "o"))
-        elif factor.axis != PLAIN:
-            roles.append((factor, "o"))
-        groups //= shared
-    return roles
-
-
-def reduce_scaled(uses: Uses, weight: Weight, axes: Dims, shape: Dims) -> Data | None:
-    """A sum of a weight that data scaled is a product written out; None if it is none."""
-    data = weight.data
-    if data is None or weight.picked or any(view.part != WHOLE for view in weight.views):
-        return None
-    kept = [d for d in range(len(weight.views[0].axes)) if d not in axes]
-    roles = []
-    for view in weight.views:
-        letters = {d: "i" if d in axes else "b" for d in view.dims() - data.flat}
-        letters |= {d: "-" if d in axes else "o" for d in view.dims() & data.flat}
-        if not {"i", "o"} <= set(letters.values()):
-            return None
-        roles.append([(f, letters[d]) for d in letters for f in view.own(d)])
-    return _product(uses, weight._replace(data=None), roles, data, kept, shape)
+        views.append(placed)
+    return Weight(tuple(views), weight.data and weight.data._replace(flat=NONE))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import source_info_util
 
 from scion_jax._paths import leaf_path
 from scion_jax.reading._control_flow import Reader
-from scion_jax.reading._live import differentiable
+from scion_jax.reading._layouts import Notes, layout_of
+from scion_jax.reading._meetings import settle
 from scion_jax.reading._primitives import RULES
-from scion_jax.reading._uses import EMBEDDING, MATRIX, UNKNOWN, VECTOR, WEAK, Use, Uses
-from scion_jax.reading._views import Data, Weight, whole
+from scion_jax.reading._steps import Step, after
+from scion_jax.reading._uses import EMBEDDING, MATRIX, UNKNOWN, VECTOR, WEAK, Use
+from scion_jax.reading._values import Data, Weight
+from scion_jax.reading._views import whole
 
 
 class Role(NamedTuple):
@@ -95,215 +99,106 @@ def read_roles(
         return [x for x in jax.tree.leaves(outputs) if hasattr(x, "dtype")]
 
     closed = jax.make_jaxpr(program)([leaf for _, leaf in leaves], [leaf for _, leaf in others])
-    reader = Reader(RULES)
-    jaxpr, uses = closed.jaxpr, reader.uses
+    reader, roots = Reader(RULES), [Step([]) for _ in leaves]
+    uses = reader.uses
     weights = [Weight((whole(n, leaf.shape),)) for n, (_, leaf) in enumerate(leaves)]
-    live = [True] * len(jaxpr.outvars)
-    outputs = reader.read(jaxpr, closed.consts, [*weights, *[Data(fresh=True)] * len(others)], live)
-    uses.live = True
-    for atom, value in zip(jaxpr.outvars, outputs, strict=True):
-        value = uses.settle(value) if isinstance(value, Weight) and value.data else value
-        if isinstance(value, Data) and differentiable(atom):
+    data = (Data(fresh=True), None)
+    outputs = reader.read(closed, [*zip(weights, roots, strict=True), *[data] * len(others)])
+    uses.step = after(step for _, step in outputs)
+    for value, step in outputs:
+        value = settle(uses, value) if isinstance(value, Weight) and value.data else value
+        if isinstance(value, Data) and step is not None:
             uses.consume(value.views)
             uses.note("reached", value.pending)
             uses.note("suspected", value.suspects)
-    reached = reader.liveness.variables(jaxpr, live)
-    pieces: dict[Any, set[Any]] = {}
-    for word, key, *more in uses.notes:
-        if word == "piece" and ("whole", key) not in uses.notes:
-            pieces.setdefault(key, set()).add(more[0])
-    found: dict[Any, list[tuple[Any, Use]]] = {}
-    for key, use in uses.found.items():
-        found.setdefault(use.source, []).append((key, use))
-    roles, places = [], {}
-    for n, ((keys, leaf), variable) in enumerate(zip(leaves, jaxpr.invars, strict=False)):
+    reached = uses.step.reached()
+    found: list[list[Use]] = [[] for _ in leaves]
+    for use, steps in uses.found.items():
+        if not reached.isdisjoint(steps):
+            found[use.view.source].append(use)
+    notes: Notes = collections.defaultdict(set)
+    for word, use, *more in uses.notes:
+        notes[use].add((word, *more))
+    roles = []
+    for (keys, leaf), root, own in zip(leaves, roots, found, strict=True):
         role = Role(leaf_path(keys), tuple(leaf.shape), "unused", "")
-        if variable in reached:
-            role = _role(role.path, role.shape, found.get(n, []), uses, pieces, places)
+        if root in reached:
+            role = _role(role.path, role.shape, own, notes)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating) and not role.problem:
             role = role._replace(problem="no norm is known for complex numbers")
         roles.append(role)
     return roles
 
 
-def _role(
-    path: str,
-    shape: Sequence[int],
-    entries: list[tuple[Any, Use]],
-    uses: Uses,
-    pieces: Mapping[Any, set[Any]],
-    places: dict[Any, str],
-) -> Role:
+# What a parameter is whose uses are of several kinds.
+_KINDS = {
+    frozenset({MATRIX}): MATRIX,
+    frozenset({MATRIX, EMBEDDING}): MATRIX,
+    frozenset({EMBEDDING}): EMBEDDING,
+    frozenset({EMBEDDING, VECTOR}): EMBEDDING,
+    frozenset({VECTOR}): VECTOR,
+    frozenset({WEAK}): VECTOR,
+}
+
+
+def _role(path: str, shape: tuple[int, ...], uses: Sequence[Use], notes: Notes) -> Role:
     """Finds what all uses of a parameter agree on."""
-    shape = tuple(shape)
-    strong = [e for e in entries if e[1].kind != WEAK and ("demoted", e[0]) not in uses.notes]
-    strong = [e for e in strong if not e[1].transposed] or strong
-    counted = strong or entries
-    used_at = tuple(dict.fromkeys(_place(use, places) for _, use in counted))
-    unknown = Role(path, shape, "unknown", "", used_at=used_at)
-    if not counted:
-        return unknown._replace(problem="it reaches the output without meeting data")
-    problems = [use.problem for _, use in counted if use.kind == UNKNOWN]
-    if problems:
-        return unknown._replace(problem=problems[0])
-    if any(("suspected", key) in uses.notes for key, _ in counted):
-        return unknown._replace(
-            problem="its result is used as a weight: data may change it, or mix it"
-        )
-    kinds = {use.kind for _, use in counted}
-    if kinds == {WEAK} and any(use.problem for _, use in counted):
-        return unknown._replace(problem=next(use.problem for _, use in counted if use.problem))
-    if kinds == {WEAK}:
-        if len(shape) > 1 and all(set(use.letters) <= {"-", None} for _, use in counted):
-            return unknown._replace(problem="only a statistic of it is used")
-        kinds = {VECTOR}
-    looked_up = EMBEDDING in kinds
-    if kinds == {EMBEDDING, VECTOR}:
-        kinds = {EMBEDDING}
-    if kinds == {EMBEDDING, MATRIX}:
-        kinds = {MATRIX}
-    if len(kinds) > 1:
-        return unknown._replace(problem=f"its uses disagree: {_listed(counted, places)}")
-    (kind,) = kinds
-    agreeing = [(key, use) for key, use in counted if use.kind == kind or kind == VECTOR]
-    letters = _agreed([use for _, use in agreeing], shape)
-    if letters is None:
-        return unknown._replace(problem=f"its uses disagree: {_listed(counted, places)}")
-    for axis, letter in enumerate(letters):  # an ensemble's members, which lead
-        stack = any(("stack", key, axis) in uses.notes for key, _ in agreeing)
-        if stack and letter == "o" and "i" not in letters[:axis] and "o" in letters[axis + 1 :]:
-            letters[axis] = "b"
-    if kind == VECTOR:
-        letters = ["b" if x == "b" else "o" for x in letters]
-    missing = "o" if kind == EMBEDDING else None
-    letters = [x or missing or ("i" if "i" not in letters else "o") for x in letters]
-    parts = _parts(agreeing, letters, shape, pieces)
-    if shape and "o" not in letters:  # a stack of numbers, each on its own
-        letters[-1], parts[-1] = "o", f"[{shape[-1]}]" if shape[-1] > 1 else ""
-    layout = "".join(a + b for a, b in zip(letters, parts, strict=True))
-    keys = {key for key, use in agreeing if use.kind == MATRIX}
-    tied = kind == MATRIX and looked_up
+    strong = [use for use in uses if use.kind != WEAK and ("demoted",) not in notes[use]]
+    uses = [use for use in strong if not use.transposed] or strong or uses
+    used_at = tuple(dict.fromkeys(use.place for use in uses))
+    kinds = frozenset(use.kind for use in uses)
+    kind = _KINDS.get(kinds)
+    agreeing = [use for use in uses if use.kind == kind or kind == VECTOR]
+    layout = layout_of(kind, agreeing, shape, notes) if kind else None
+    problem = _problem(uses, notes, layout, len(shape))
+    if problem or kind is None or layout is None:
+        return Role(path, shape, "unknown", "", used_at=used_at, problem=problem)
+    results = [notes[use] for use in agreeing if use.kind == MATRIX]
     return Role(
-        path, shape, "tied" if tied else kind, "o" if not shape else layout,
-        first=bool(keys) and all(use.fresh for key, use in agreeing),
-        last=any(("reached", key) in uses.notes for key in keys)
-        and not any(("followed", key) in uses.notes for key in keys),
+        path, shape, "tied" if kinds == {MATRIX, EMBEDDING} else kind, layout,
+        first=bool(results) and all(use.fresh for use in agreeing),
+        last=any(("reached",) in became for became in results)
+        and not any(("followed",) in became for became in results),
         used_at=used_at,
     )  # fmt: skip
 
 
-def _agreed(uses: Sequence[Use], shape: Sequence[int]) -> list[str | None] | None:
-    """Finds the letter of each axis; None where uses disagree."""
-    letters: list[str | None] = []
-    for axis, size in enumerate(shape):
-        found = {use.letters[axis] for use in uses} - {None, "?"}
-        if len(found) > 1 and size == 1:
-            found = found & {"i", "o"} if len(found & {"i", "o"}) == 1 else {"o"}
-        if "g" in found:
-            found = {"o"} if found <= {"g", "o"} else found
-        if found == {"b", "o"} and all(use.kind in (VECTOR, WEAK) for use in uses):
-            found = {"b"}
-        if len(found) > 1:
-            return None
-        letters.append(next(iter(found), None))
-    return letters
-
-
-def _parts(
-    entries: Sequence[tuple[Any, Use]],
-    letters: list[str],
-    shape: Sequence[int],
-    pieces: Mapping[Any, set[Any]],
-) -> list[str]:
-    """Finds the parts of each axis, as text; turns axes of which each entry is one into `b`."""
-    texts = [""] * len(shape)
-    outermost = next((a for a, x in enumerate(letters) if x == "o" and shape[a] > 1), None)
-    vector = all(use.kind != MATRIX for _, use in entries)
-    for axis, letter in enumerate(letters):
-        size = shape[axis]
-        if letter not in ("i", "o") or size < 2:
-            continue
-        groups = [(use.letters[axis] == "g" and size) or use.groups[axis] for _, use in entries]
-        spans = {use.spans[axis] for _, use in entries}
-        if axis == outermost:
-            spans = {piece[axis] for key, _ in entries for piece in pieces.get(key, ())} or spans
-        if max(groups) > 1:
-            texts[axis] = f"[{groups[0]}]" if len(set(groups)) == 1 else ""
-            continue
-        if (
-            vector
-            and axis == 0
-            and len(shape) > 1
-            and (0, size) not in spans
-            and "o" in letters[1:]
-        ):
-            letters[axis] = "b"  # rows that are used apart
-            continue
-        sizes = _tiles(spans, size)
-        if len(sizes) < 2:
-            continue
-        if set(sizes) == {1}:
-            if letters.count(letter) > 1:
-                letters[axis] = "b"
-        elif len(set(sizes)) == 1:
-            texts[axis] = f"[{len(sizes)}]"
-        else:
-            texts[axis] = f"[{','.join(map(str, sizes))}]"
-    return texts
-
-
-def _tiles(spans: set[tuple[int, int]], size: int) -> list[int]:
-    """Merges ranges that overlap; returns their sizes if they cover the axis, else nothing."""
-    merged: list[list[int]] = []
-    for start, stop in sorted(spans):
-        if merged and start < merged[-1][1]:
-            merged[-1][1] = max(stop, merged[-1][1])
-        else:
-            merged.append([start, stop])
-    ends = [0, *(stop for _, stop in merged)]
-    covers = [start for start, _ in merged] == ends[:-1] and ends[-1] == size
-    return [stop - start for start, stop in merged] if covers else []
-
-
-def _place(use: Use, known: dict[Any, str]) -> str:
-    name = use.equations[0].primitive.name
-    for equation in use.equations:  # those of library functions may have no place of their own
-        trace = equation.source_info.traceback
-        if trace not in known:  # layers in a loop share theirs
-            file, *line = source_info_util.summarize(equation.source_info).split(" ")[0].split(":")
-            file = file.replace("\\", "/").rsplit("/", 1)[-1]
-            known[trace] = f" {file}:{line[0]}" if line else ""
-        if known[trace]:
-            return name + known[trace]
-    return name
-
-
-def _listed(entries: Sequence[tuple[Any, Use]], places: dict[Any, str]) -> str:
-    texts = [
-        f"{use.kind} {''.join(x or '?' for x in use.letters)} ({_place(use, places)})"
-        for _, use in entries
-    ]
-    return "; ".join(dict.fromkeys(texts))
+def _problem(uses: Sequence[Use], notes: Notes, layout: str | None, rank: int) -> str:
+    """Says why a parameter cannot be read, if so."""
+    if not uses:
+        return "it reaches the output without meeting data"
+    problems = [use.problem for use in uses if use.kind == UNKNOWN]
+    if any(("suspected",) in notes[use] for use in uses):
+        problems.append("its result is used as a weight: data may change it, or mix it")
+    if all(use.kind == WEAK for use in uses):
+        problems += [use.problem for use in uses if use.problem]
+        if rank > 1 and all({*use.letters} <= {"-", None} for use in uses):
+            problems.append("only a statistic of it is used")
+    if layout is None:
+        texts = [
+            f"{use.kind} {''.join(x or '?' for x in use.letters)} ({use.place})" for use in uses
+        ]
+        problems.append(f"its uses disagree: {'; '.join(dict.fromkeys(texts))}")
+    return problems[0] if problems else ""
 
 
 def _arrays(tree: Any, floating: bool) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]]:
     """Takes arrays out of a tree; returns them with their paths, and what puts them back."""
     entries, structure = jax.tree_util.tree_flatten_with_path(tree)
 
-    def is_taken(leaf: Any) -> bool:
-        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
-            return False
-        return not floating or jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-    places = [n for n, (_, leaf) in enumerate(entries) if is_taken(leaf)]
+    taken = [
+        hasattr(leaf, "shape")
+        and hasattr(leaf, "dtype")
+        and (not floating or jnp.issubdtype(leaf.dtype, jnp.inexact))
+        for _, leaf in entries
+    ]
 
     def rebuild(arrays: list[Any]) -> Any:
-        leaves = [leaf for _, leaf in entries]
-        for place, array in zip(places, arrays, strict=True):
-            leaves[place] = array
-        return structure.unflatten(leaves)
+        left = iter(arrays)
+        pairs = zip(taken, entries, strict=True)
+        return structure.unflatten([next(left) if take else leaf for take, (_, leaf) in pairs])
 
-    return [entries[place] for place in places], rebuild
+    return list(itertools.compress(entries, taken)), rebuild
 
 
 def _without_modules(function: Any, params: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any, Any]:

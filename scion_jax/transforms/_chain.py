@@ -26,6 +26,7 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
     chained = optax.with_extra_args_support(stages[0] if len(stages) == 1 else optax.chain(*stages))
 
     def init(params: Any) -> Any:
+        check_leaves(params, "the parameters")  # before JAX finds what is no array
         with warnings.catch_warnings(action="ignore"):  # they come below
             jax.eval_shape(chained.init, params)  # refuses what does not fit, before making buffers
         return chained.init(params)

@@ -161,6 +161,7 @@ def start(code, book, out, *arguments, **environment):
 KILLED = """
 import os, signal, sys
 import numpy as np
+from examples import nanogpt
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)

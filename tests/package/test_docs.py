@@ -1,4 +1,4 @@
-"""The documentation's code runs, page by page, and its reference lists every public name."""
+"""The README's code and the documentation's runs, and the reference lists every public name."""
 
 import ast
 import importlib.util
@@ -11,14 +11,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from flax import nnx
 
 import scion_jax
 from scion_jax import clipped_scion, describe
 
 pytestmark = pytest.mark.unoptimized
 
-PAGES = Path(__file__).parents[2] / "docs" / "pages"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "pages"
 PATHS = {path.relative_to(PAGES).as_posix(): path for path in sorted(PAGES.rglob("*.md"))}
 # A block of code, below the package it needs where the tests have not got that, and what it
 # prints if a block of text follows at once.
@@ -53,6 +56,31 @@ def without_places(text):
     return lines
 
 
+@pytest.mark.fast
+def test_readme():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(16, 32, rngs=rngs)
+            self.norm = nnx.LayerNorm(32, rngs=rngs)
+            self.hidden = nnx.Linear(32, 32, rngs=rngs)
+            self.head = nnx.Linear(32, 16, rngs=rngs, use_bias=False)
+
+        def __call__(self, tokens):
+            return self.head(jax.nn.relu(self.hidden(self.norm(self.embed(tokens)))))
+
+    def loss_of(model, tokens):
+        logits, following = model(tokens), (3 * tokens + 1) % 16
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, following).mean()
+
+    names = {name: getattr(scion_jax, name) for name in dir(scion_jax) if name[0] != "_"}
+    names |= {"Network": Network, "loss_of": loss_of, "batches": [jnp.arange(16)] * 40}
+    names |= {"jax": jax, "nnx": nnx}
+    ((example, _),) = blocks(ROOT / "README.md")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    exec(example, names)
+    assert float(names["loss"]) < 0.1  # from log 16 = 2.77
+
+
 @pytest.mark.parametrize("page", [page for page, path in PATHS.items() if blocks(path)])
 def test_every_block_runs(page, capsys):
     namespace = {"__name__": "__main__"}
@@ -78,7 +106,7 @@ def test_blocks_that_need_a_package(page, package):
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(code for code, _ in found)],
         env=environment,
-        cwd=PAGES.parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -139,7 +139,6 @@ def test_linen_with_a_train_state():
         assert steps < 100 or inside(state.params, *told)
 
 
-@pytest.mark.fast
 def test_equinox():
     eqx = pytest.importorskip("equinox")
     norm = Auto(8.0, layout="oi")  # Equinox keeps weights as (output, input)
