@@ -1,7 +1,6 @@
 """Settings that every test runs under: eight CPU devices, strict dtypes, fixed seeds."""
 
 import os
-import re
 import shutil
 import tempfile
 
@@ -15,8 +14,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import hypothesis
 import jax
 import pytest
-
-from tests.support.pending import PENDING
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -46,14 +43,6 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", os.environ[folder])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def pytest_collection_modifyitems(items):
-    """Expects what is pending to fail, and to be taken off the list once it works."""
-    for item in items:
-        for pattern, reason in PENDING.items():
-            if re.search(pattern, item.nodeid):
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture(autouse=True, scope="module")
