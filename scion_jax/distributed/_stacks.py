@@ -48,26 +48,20 @@ class Stacks:
 def _split(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     if len(sizes) == 1:
         return [stack]
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return jax.lax.platform_dependent(
         stack,
-        cpu=lambda stack: _dynamic_slices(stack, starts, sizes),
-        default=lambda stack: [
-            jax.lax.slice_in_dim(stack, start, start + size)
-            for start, size in zip(starts, sizes, strict=True)
-        ],
+        cpu=lambda stack: _dynamic_slices(stack, sizes),
+        default=lambda stack: jax.lax.split(stack, sizes),
     )
 
 
-def _dynamic_slices(
-    stack: jax.Array, starts: Sequence[int], sizes: Sequence[int]
-) -> list[jax.Array]:
+def _dynamic_slices(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """Cuts a stack into pieces, as XLA's backend for CPUs compiles it soonest.
 
     It makes one kernel for all pieces of one size if it does not know where they lie, and one for
     each (8 ms) if it does. Unsigned, so that no index is checked for sign.
     """
-    places = hidden([jnp.uint32(start) for start in starts])
+    places = hidden([jnp.uint32(sum(sizes[:index])) for index in range(len(sizes))])
     return [
         jax.lax.dynamic_slice_in_dim(stack, start, size)
         for start, size in zip(places, sizes, strict=True)
