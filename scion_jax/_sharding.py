@@ -38,7 +38,8 @@ def shard_like(array: jax.Array, like: jax.Array) -> jax.Array:
     simplifies away afterwards. Without `out_shardings` it might gather the result.
     """
     if not (isinstance(array, jax.core.Tracer) or isinstance(like, jax.core.Tracer)):
-        return jax.device_put(array, like.sharding)
+        is_placed = getattr(like, "committed", False)  # not an array of NumPy, nor one anywhere
+        return jax.device_put(array, like.sharding) if is_placed else array
     sharding = jax.typeof(like).sharding
     if jax.sharding.get_abstract_mesh().auto_axes:
         return jnp.where(jnp.zeros_like(like, dtype=bool), like, array)
@@ -107,7 +108,7 @@ def varying(array: jax.Array) -> frozenset[str]:
 
 def placement(array: jax.Array) -> tuple[object, ...]:
     """Says what must be equal for arrays to be joined: how they are split, as far as is known."""
-    held = None if isinstance(array, jax.core.Tracer) else array.sharding
+    held = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
     return jax.typeof(array).sharding, varying(array), held
 
 
