@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Step:
     """An operation, each time that it is read.
 
