@@ -157,7 +157,7 @@ class Reader:
                 if isinstance(value, Weight):
                     self.uses.refuse(value.views, "a loop changes it")
         for step, (_, end) in zip(steps, results, strict=False):
-            step.before += [end] if end else []
+            step.before.extend([end] if end else [])
         return list(zip(carry, steps, strict=True)), results
 
     def _carried(self, value: Value) -> Value:
