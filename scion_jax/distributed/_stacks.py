@@ -45,7 +45,7 @@ class Stacks:
         return [results[index] for index in range(len(results))]
 
 
-def _split(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+def _split(stack: jax.Array, sizes: Sequence[int]) -> Sequence[jax.Array]:
     if len(sizes) == 1:
         return [stack]
     return jax.lax.platform_dependent(
