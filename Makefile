@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 # scion.py of the authors' PyTorch code, for make bench to compare with. PyTorch has to be in VENV.
 REFERENCE ?=
 # The folder or module that make mutants changes, and pytest's arguments for each change: all tests
-# take minutes. make mutants MUTANTS=scion_jax/norms MUTANTS_TESTS="scion_jax/norms tests/test_norms.py"
+# take minutes. make mutants MUTANTS=scion_jax/norms MUTANTS_TESTS="scion_jax/norms tests/norms"
 MUTANTS ?= scion_jax
 MUTANTS_TESTS ?=
 # Test processes. The default is one per core, and at most 8.
@@ -55,7 +55,7 @@ test: $(VENV)/.installed-test
 	@$(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
 
 # The tests left out of `test`; .ci/nightly runs them.
-test-slow: $(VENV)/.installed-compiled
+test-slow: $(VENV)/.installed-test
 	@$(python) -m pytest -m slow --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
 
 # sysmon costs next to nothing; Python has it from 3.12 on.

@@ -31,13 +31,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import scion_jax
-from benchmarks.block_trees import block_shapes
+from benchmarks.block_trees import PEER, block_shapes
 from benchmarks.hlo import Cost, cost
 from benchmarks.reporting import markdown
 
 Build = Callable[[scion_jax.Spectral], optax.GradientTransformation]
 
-PEER = "optax.contrib.muon"
 OPTIMIZERS: dict[str, Build] = {
     PEER: lambda norm: optax.contrib.muon(1e-3),
     "unconstrained_scion": lambda norm: scion_jax.unconstrained_scion(1e-3, norm),
@@ -103,7 +102,6 @@ def compile_step(
     width: int,
     mesh: Mesh,
     spec: PartitionSpec,
-    dtype: jnp.dtype | type = jnp.float32,
 ) -> Compiled:
     """Compiles an update and what follows, with parameters, gradients and state split alike.
 
@@ -113,7 +111,6 @@ def compile_step(
         width: Its width.
         mesh: The devices.
         spec: How matrices are split.
-        dtype: Of the parameters.
 
     Returns:
         What the compiler says.
@@ -130,8 +127,7 @@ def compile_step(
         return optax.apply_updates(params, updates), state
 
     with jax.set_mesh(mesh):
-        shapes = block_shapes(layers, width)
-        params = jax.tree.map(lambda s: placed(jax.ShapeDtypeStruct(s.shape, dtype)), shapes)
+        params = jax.tree.map(placed, block_shapes(layers, width))
         state = jax.tree.map(placed, jax.eval_shape(optimizer.init, params))
         results = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)

@@ -22,9 +22,7 @@ Record = dict[str, Any]
 LEAST_ROUNDS = 3  # a median of fewer says nothing
 
 
-def alternate(
-    calls: Mapping[Key, Callable[[], Result]], rounds: int, seed: int = 0
-) -> dict[Key, list[Result]]:
+def alternate(calls: Mapping[Key, Callable[[], Result]], rounds: int) -> dict[Key, list[Result]]:
     """Makes each call once per round, so that all see the same hours of a shared machine.
 
     The order is drawn anew for each round: no call always follows the same other, whose threads may
@@ -33,12 +31,11 @@ def alternate(
     Args:
         calls: What to call.
         rounds: How often.
-        seed: Of the orders.
 
     Returns:
         The results of each call, one per round.
     """
-    order = random.Random(seed)
+    order = random.Random(0)
     results: dict[Key, list[Result]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key in order.sample(list(calls), len(calls)):

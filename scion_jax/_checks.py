@@ -38,7 +38,7 @@ class _Range(NamedTuple):
         return inside and (number == int(number) or not self.whole)
 
 
-# What each number may be. A schedule of the first three may leave its range later on.
+# What each number may be. A schedule that leaves its range later on is clipped to it.
 _RANGES = {
     "learning_rate": _Range("at least 0 and finite", 0, math.inf),
     "step": _Range("at least 0 and at most 1", 0, 1),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from scion_jax._checks import unlike_containers
-from scion_jax._paths import leaf_path, without_collection
+from scion_jax._paths import leaf_path, leaf_paths, without_collection
 
 
 def check_no_count(tree: Any, name: str) -> None:
@@ -141,7 +141,7 @@ def labels_of(tree: Any, param_labels: Any) -> list[Hashable]:
             lambda label, part: [label] * len(jax.tree.leaves(part)), labels, tree
         )
     except (ValueError, TypeError) as error:
-        leaves, labelled = _paths(tree), _paths(labels)
+        leaves, labelled = leaf_paths(tree), leaf_paths(labels)
         missing = [path for path in leaves if not any(_begins(path, p) for p in labelled)]
         extra = [path for path in labelled if not any(_begins(p, path) for p in leaves)]
         faults = [f"leaf '{path}' has no label" for path in missing]
@@ -158,10 +158,6 @@ def _is_function(param_labels: Any) -> bool:
     """Tells a function from a tree of labels, which may be callable, as Equinox's modules are."""
     leaves = jax.tree.leaves(param_labels)
     return callable(param_labels) and (not leaves or leaves[0] is param_labels)
-
-
-def _paths(tree: Any) -> list[str]:
-    return [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _begins(path: str, start: str) -> bool:

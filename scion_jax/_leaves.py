@@ -16,7 +16,7 @@ import jax
 from scion_jax._assignment import Assignment, Labels
 from scion_jax._checks import check_array
 from scion_jax._labels import PathLabels, labels_of
-from scion_jax._paths import kind_of_vector, leaf_path, nearest, without_collection
+from scion_jax._paths import kind_of_vector, leaf_path, leaf_paths, nearest, without_collection
 from scion_jax.norms import Auto, BiasRMS, Leaf, Norm, at_rank, possible_layouts
 
 Norms = Norm | Auto | Mapping[Any, Norm | Auto] | Assignment
@@ -146,7 +146,7 @@ def unused(tree: Any, norms: Norms, param_labels: Any) -> list[str]:
     """
     if isinstance(norms, Norm | Auto | Assignment) or isinstance(param_labels, Labels):
         return []
-    paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    paths = leaf_paths(tree)
     used = set(labels_of(tree, param_labels))
     rules = param_labels.unused(paths) if isinstance(param_labels, PathLabels) else []
     sentences = [

@@ -32,6 +32,11 @@ def leaf_path(keys: Sequence[Any]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def leaf_paths(tree: Any) -> list[str]:
+    """Lists the paths of a tree's leaves."""
+    return [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def without_collection(path: str) -> str:
     """Drops the `params/` that Linen's variables begin with, so that `^head` finds the head."""
     return path.removeprefix("params/")

@@ -37,9 +37,8 @@ def shard_like(array: jax.Array, like: jax.Array) -> jax.Array:
     On an Auto mesh the compiler is told to treat both alike, by a choice among them that it
     simplifies away afterwards. Without `out_shardings` it might gather the result.
     """
-    if not (isinstance(array, jax.core.Tracer) or isinstance(like, jax.core.Tracer)):
-        is_placed = getattr(like, "committed", False)  # not an array of NumPy, nor one anywhere
-        return jax.device_put(array, like.sharding) if is_placed else array
+    if not isinstance(like, jax.core.Tracer) and not isinstance(array, jax.core.Tracer):
+        return place_like(array, like)
     sharding = jax.typeof(like).sharding
     if jax.sharding.get_abstract_mesh().auto_axes:
         return jnp.where(jnp.zeros_like(like, dtype=bool), like, array)

@@ -17,7 +17,7 @@ from scion_jax import _numerics as numerics
 from scion_jax import norms as norm_balls
 from scion_jax._checks import check_alike
 from scion_jax._leaves import Norms, read_leaves
-from scion_jax._paths import leaf_path
+from scion_jax._paths import leaf_paths
 from scion_jax.distributed import check_shard_over
 from scion_jax.norms import Auto, Leaf
 
@@ -195,7 +195,7 @@ def pairings(state: Any, params: Any) -> dict[str, jax.Array]:
             "was built with per_leaf=True"
         )
     numbers = jnp.asarray(found[0][1])
-    paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = leaf_paths(params)
     if numbers.shape != (len(paths),):
         raise ValueError(
             f"the state keeps the pairings of {numbers.size} leaves, but these parameters have "

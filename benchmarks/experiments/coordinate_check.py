@@ -3,8 +3,8 @@
     python -m benchmarks.experiments.coordinate_check   # [S] Fig. 4
 
 A GPT is trained for ten steps at each width, with the spectral norm's factor `√(d_out/d_in)` and
-with `max(1, √(d_out/d_in))`. Drawn are the root mean squares of what each block adds to the
-residual stream and of the logits: at the start, and of their change in ten steps. Flat lines are
+with `max(1, √(d_out/d_in))`. Drawn are the root mean squares of what each block returns
+and of the logits: at the start, and of their change in ten steps. Flat lines are
 what lets a learning rate carry over.
 """
 
@@ -23,6 +23,7 @@ from benchmarks.experiments.records import make_parser, write_json
 from benchmarks.experiments.text import TEXT
 from benchmarks.experiments.training import Setting, compiled, structure_of
 from benchmarks.reporting import markdown
+from examples.nanogpt import rms_norm
 from scion_jax import Spectral, unconstrained_scion
 
 STEPS = 10
@@ -112,7 +113,7 @@ def activations(setting: Setting, params: Any, tokens: jax.Array) -> dict[str, j
     """Computes what each block returns, and the logits."""
     model = nnx.merge(structure_of(setting, TEXT), params)
     found: dict[str, jax.Array] = {}
-    x = model.embedding(tokens)
+    x = rms_norm(model.embedding(tokens))
     for index, block in enumerate(model.blocks.layers):
         found[f"block {index}"] = x = block(x)
     return found | {"logits": model(tokens)}

@@ -158,7 +158,7 @@ def make_parser(description: str | None, name: str) -> argparse.ArgumentParser:
         name: Of its JSON file and its picture.
 
     Returns:
-        A parser that knows ``--out``, ``--seeds`` and ``--full``.
+        A parser that knows ``--out`` and ``--seeds``.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -138,7 +138,7 @@ def _spread(
     if names and all(map(_is_mapped, names)):
         return _over_mapped_axes(compute, stacks, names)
     default = mesh.explicit_axes or (() if mesh.manual_axes else mesh.auto_axes)
-    chosen = tuple(default or ()) if names is None else names
+    chosen = default if names is None else names
     unknown = [name for name in chosen if name not in mesh.axis_names]
     if unknown:
         raise ValueError(

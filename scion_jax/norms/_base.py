@@ -64,8 +64,7 @@ class Norm(abc.ABC):
             they and weight decay leave out the pull towards zero, and it moves by the LMO alone.
 
     Raises:
-        TypeError: If `radius` is not a number, `layout` neither None nor a string, or
-            `constrained` not a boolean.
+        TypeError: If `radius` is not a number, or `layout` neither None nor a string.
         ValueError: If `radius` is not positive and finite, or `layout` is malformed.
     """
 

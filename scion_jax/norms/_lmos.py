@@ -97,8 +97,9 @@ def gauge_bounds(
     """
     blocks = _blocks(leaves, xs)
     sizes = [numerics.at_least_float32(block.array) for block in blocks]
-    closed_form = _by_polar_method(blocks).get(None, [])
-    spectral = [i for i in range(len(blocks)) if i not in closed_form and sizes[i].size]
+    groups = _by_polar_method(blocks)
+    closed_form = groups.pop(None, [])
+    spectral = [index for members in groups.values() for index in members]
     matrices = [blocks[i].axes.to_matrices(sizes[i]) for i in spectral]
     origins = [blocks[i].axes for i in spectral]
     bounds = over_devices(spectral_norm_bound, matrices, shard_over, origins)

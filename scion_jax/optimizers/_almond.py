@@ -43,9 +43,10 @@ def almond(
         A transformation; `update` does not need `params`.
 
     Raises:
-        TypeError: If `norms` is none of these, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], or a
-            leaf does not fit its norm's layout.
+        TypeError: If `norms` is none of these, a dtype is not floating, or a hyperparameter no
+            number.
+        ValueError: If norms and labels do not belong together, a hyperparameter is out of its
+            range, or a leaf does not fit its norm's layout.
 
     Example:
         >>> import jax.numpy as jnp, scion_jax

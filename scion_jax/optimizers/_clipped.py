@@ -62,9 +62,10 @@ def unconstrained_clipped_scion(
         `optax.tree.get(state, "pairing")`.
 
     Raises:
-        TypeError: If `norms` is none of these, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
-            constant `rho` is negative, or a leaf does not fit its norm's layout.
+        TypeError: If `norms` is none of these, a dtype is not floating, or a hyperparameter no
+            number.
+        ValueError: If norms and labels do not belong together, a hyperparameter is out of its
+            range, or a leaf does not fit its norm's layout.
 
     Example:
         >>> import jax.numpy as jnp, optax, scion_jax
@@ -114,7 +115,7 @@ def clipped_scion(
     convention: `lmo` is the maximizer of `⟨d, ·⟩`, the negative of the paper's.
 
     Args:
-        learning_rate: γρ, the largest step, in (0, 1], so that a learning rate of `scion` carries
+        learning_rate: γρ, the largest step, in [0, 1], so that a learning rate of `scion` carries
             over; γ alone is `learning_rate / rho`. May be a schedule.
         norms: One norm, a mapping from labels to norms, or an `Assignment`.
         param_labels: Labels of the parameters, as in `scion`; with a mapping only.
@@ -132,10 +133,10 @@ def clipped_scion(
         `optax.tree.get(state, "pairing")`.
 
     Raises:
-        TypeError: If `norms` is none of these, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
-            constant `rho` is negative, a leaf does not fit its norm's layout, or `params` is
-            missing (at `update`).
+        TypeError: If `norms` is none of these, a dtype is not floating, or a hyperparameter no
+            number.
+        ValueError: If norms and labels do not belong together, a hyperparameter is out of its
+            range, a leaf does not fit its norm's layout, or `params` is missing (at `update`).
 
     Example:
         >>> import jax.numpy as jnp, scion_jax

@@ -74,7 +74,7 @@ def scion_light(
     maximizer of `⟨G, ·⟩`, the negative of the paper's.
 
     Args:
-        learning_rate: γ, in (0, 1] unless `unconstrained`; a schedule receives the number of steps
+        learning_rate: γ, in [0, 1] unless `unconstrained`; a schedule receives the number of steps
             made.
         norms: One norm, a mapping from labels to norms, or an `Assignment`.
         param_labels: Labels of the parameters, as in `scion`; with a mapping only.
@@ -89,10 +89,10 @@ def scion_light(
         parameters' dtype.
 
     Raises:
-        TypeError: If `norms` is none of these, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a
-            constant `every_k` is not a whole number of at least 1, a leaf does not fit its norm's
-            layout, or `params` is missing (at `update`).
+        TypeError: If `norms` is none of these, a dtype is not floating, or a hyperparameter no
+            number.
+        ValueError: If norms and labels do not belong together, a hyperparameter is out of its
+            range, a leaf does not fit its norm's layout, or `params` is missing (at `update`).
 
     Example:
         >>> import jax.numpy as jnp, scion_jax

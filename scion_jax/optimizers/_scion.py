@@ -34,7 +34,7 @@ def scion(
     negative of the paper's.
 
     Args:
-        learning_rate: γ, in (0, 1]; a schedule receives the number of updates made.
+        learning_rate: γ, in [0, 1]; a schedule receives the number of updates made.
         norms: One norm, a mapping from labels to norms, or an `Assignment`.
         param_labels: A tree or prefix of labels, or a function from the parameters to one
             (`label_by_path`), as in `optax.multi_transform`; with a mapping only.
@@ -46,9 +46,11 @@ def scion(
         A transformation. `update` needs `params`; the updates have the parameters' dtype.
 
     Raises:
-        TypeError: If `norms` is none of these, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a leaf
-            does not fit its norm's layout (at `init`), or `params` is missing (at `update`).
+        TypeError: If `norms` is none of these, a dtype is not floating, or a hyperparameter no
+            number.
+        ValueError: If norms and labels do not belong together, a hyperparameter is out of its
+            range, a leaf does not fit its norm's layout (at `init`), or `params` is missing (at
+            `update`).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, scion_jax
@@ -105,10 +107,11 @@ def unconstrained_scion(
         updates have the parameters' dtype.
 
     Raises:
-        TypeError: If `norms` is none of these, or a dtype is not floating.
-        ValueError: If norms and labels do not belong together, `momentum` is not in (0, 1], a leaf
-            does not fit its norm's layout (at `init`), or `params` is missing although weights
-            decay (at `update`).
+        TypeError: If `norms` is none of these, a dtype is not floating, or a hyperparameter no
+            number.
+        ValueError: If norms and labels do not belong together, a hyperparameter is out of its
+            range, a leaf does not fit its norm's layout (at `init`), or `params` is missing
+            although weights decay (at `update`).
 
     Example:
         >>> import jax.numpy as jnp, scion_jax

@@ -14,6 +14,7 @@ values are equal; closer for any other spectrum). Nothing is random, so nothing 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from scion_jax import _numerics as numerics
 from scion_jax.polar._cpu import by_platform
@@ -39,11 +40,12 @@ def spectral_norm_bound(x: jax.Array) -> jax.Array:
 
 def _bound(x: jax.Array, products: Products) -> jax.Array:
     bound = numerics.vector_norm(x, (1, 2))
-    # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range. The powers of the
-    # divisors multiply up to the norm sought: each counts half as much as the one before it.
+    # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range: that lies in
+    # [1/√n, 1], so its square does, too. The powers of the divisors multiply up to the norm sought:
+    # each counts half as much as the one before it.
     gram = products.gram(x / numerics.nonzero(bound))
     for k in range(_SQUARINGS + 1):
-        scale = numerics.vector_norm(gram, (1, 2))
+        scale = numerics.power(jnp.sum(gram * gram, axis=(1, 2), keepdims=True), 0.5)
         bound = bound * numerics.power(scale, 1 / 2 ** (k + 1))
         if k < _SQUARINGS:
             gram = gram / numerics.nonzero(scale)

@@ -129,18 +129,18 @@ def newton_schulz(
         own matrix only.
     """
     dtype, (n, m) = x.dtype, sorted(x.shape[1:])
-    # Entries of at most 1: squares and their sums then stay in range whatever the scale was.
+    # Entries of at most 4: squares and their sums then stay in range whatever the scale was. By a
+    # product, which costs less than dividing every entry; 1/largest could be too small a number.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True))
     largest = numerics.at_least_float32(largest)
-    # A product, which costs less than a division of every entry; 4 keeps the factor in range. Zero
-    # stays zero, for `grad` too.
-    factor = jnp.where(largest == 0, 0, 4 / numerics.nonzero(largest))
-    x = (numerics.at_least_float32(x) * factor).astype(products.dtype)
+    scale = jnp.minimum(4 / numerics.nonzero(largest), jnp.finfo(largest.dtype).max)
+    scale = jnp.where(largest == 0, 0, scale)  # zero stays zero, for `grad` too
+    x = (numerics.at_least_float32(x) * scale).astype(products.dtype)
     first, *rest = groups(n, m, len(steps), products.dtype)
     gram = products.gram(x)
     size = numerics.nonzero(_squared_norm(gram, schatten))
     factor = _factor(_Shifted(0.0, gram / size), steps[:first], products)
-    x = (_applied(factor, x, products) / numerics.power(size, 0.5)).astype(products.dtype)
+    x = (_applied(factor, x, products) / jnp.sqrt(size)).astype(products.dtype)
 
     def advance(x: jax.Array, group: Sequence[Any]) -> jax.Array:
         gram = _Shifted(0.0, products.gram(x)).moved(_expected(products.dtype))

@@ -95,12 +95,14 @@ def decay_weights(
         param_labels: As in `scale_by_lmo`.
 
     Returns:
-        A stateless transformation. Its updates have the wider dtype of updates and parameters.
+        A stateless transformation. Its updates have the wider dtype of updates and parameters where
+        weights decay.
 
     Raises:
-        TypeError: If `weight_decay` is not a number; schedule it with `optax.inject_hyperparams`.
-        ValueError: If `weight_decay` is negative; at `update`, without parameters unless μ is a
-            Python zero.
+        TypeError: If `weight_decay` is not a number (schedule it with `optax.inject_hyperparams`),
+            or `norms` none of these.
+        ValueError: If `weight_decay` is negative, or norms and labels do not belong together; at
+            `update`, without parameters unless μ is a Python zero.
 
     Example:
         >>> import jax.numpy as jnp, scion_jax

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from scion_jax._checks import only_where
 from scion_jax._numerics import widest
 from scion_jax._paths import leaf_path
 
@@ -78,7 +79,8 @@ def buffer_dtypes(buffers: Any, dtype: DTypeLike | None, params: Any) -> Any:
             )
         return promised
 
-    like = buffers if params is None else params
+    # A model as parameters may hold functions where it has no gradients.
+    like = buffers if params is None or dtype is not None else only_where(buffers, params)
     return jax.tree_util.tree_map_with_path(chosen, buffers, like)
 
 

@@ -165,7 +165,8 @@ def test_block_tree_has_the_matrices_of_gpt2():
 
 def test_work_is_that_of_the_products():
     assert flops(NewtonSchulz("quintic", 5), 128, 128) == 5 * 3 * 2 * 128**3
-    for method in NewtonSchulz(), NewtonSchulz(compute_dtype=jnp.float32):
+    for dtype in (jnp.bfloat16, jnp.float32):
+        method = NewtonSchulz(compute_dtype=dtype)
         traced = jax.jit(lambda x, method=method: orthogonalize(x, method)).trace(jnp.ones((8, 32)))
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
         sizes = r"tensor<(?:1x)?(\d+)x(\d+)x\w+>, tensor<(?:1x)?\d+x(\d+)x\w+>"

@@ -150,12 +150,16 @@ def test_long_stacks_go_through_a_loop():
 
 def test_eager_calls_compile_nothing_again():
     events = []
-    d = jnp.ones((5, 7))
+    d = jnp.ones((5, 11))
     e = 2 * d
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: events.append(event)
-    )
+
+    def listen(event, *_, **__):
+        events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     Spectral().lmo(d)
+    assert [event for event in events if "compile" in event]
     events.clear()
     Spectral(3.0).lmo(e)
+    jax.monitoring.unregister_event_duration_listener(listen)
     assert not [event for event in events if "compile" in event]

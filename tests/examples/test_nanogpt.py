@@ -130,6 +130,7 @@ def test_existing_run_is_neither_replaced_nor_confused(run, whole, tmp_path, cap
     with pytest.raises(ValueError, match=r"{'optimizer': 'unconstrained_scion'}"):
         run(out, "--resume", "--optimizer", "scion")
     assert run(out, "--resume") == before
+    assert run(out, "--overwrite") == before
     assert "the book" in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import scion_jax
 from scion_jax import Auto, BiasRMS, ExactPolar, Sign, Spectral, SpectralConv, scale_by_lmo
@@ -49,8 +50,6 @@ def test_a_radius_may_be_traced_through_the_iteration():
 
 
 def test_as_a_flax_initializer():
-    linen = pytest.importorskip("flax.linen")
-    nnx = pytest.importorskip("flax.nnx")
     norm = Spectral(50.0)
     dense = linen.Dense(8, kernel_init=norm.init, bias_init=BiasRMS().init)
     kernel = dense.init(jax.random.key(0), jnp.ones((1, 4)))["params"]["kernel"]

@@ -177,24 +177,22 @@ def test_layouts_and_batches(name, options):
             np.testing.assert_allclose(turned["dual_norm"], dual_norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("exact", [False, True])
 @every_norm
-def test_nan_and_infinity_stay_visible_and_local(name, options, exact):
-    if exact and name not in ITERATED:
-        return
+def test_nan_and_infinity_stay_visible_and_local(name, options):
     layout = "bsio" if name == "SpectralConv" else "bio"
     clean = gaussian((3, 2, 4, 5) if name == "SpectralConv" else (3, 4, 5), dtype=np.float32)
-    norm = make(name, options, layout, exact=exact)
-    compute = jax.jit(lambda d: measure(norm, d))
-    expected = compute(clean)["lmo"]
-    for bad in (np.nan, np.inf, -np.inf):
-        spoiled = clean.copy()
-        spoiled[(1,) * clean.ndim] = bad
-        result = compute(spoiled)
-        assert bool(jnp.any(jnp.isnan(result["lmo"][1])))
-        np.testing.assert_allclose(result["lmo"][::2], expected[::2], atol=1e-6)
-        assert not np.isfinite(result["gauge"])
-        assert not np.isfinite(result["dual_norm"])
+    for exact in (False, True) if name in ITERATED else (False,):
+        norm = make(name, options, layout, exact=exact)
+        compute = jax.jit(lambda d, norm=norm: measure(norm, d))
+        expected = compute(clean)["lmo"]
+        for bad in (np.nan, np.inf, -np.inf):
+            spoiled = clean.copy()
+            spoiled[(1,) * clean.ndim] = bad
+            result = compute(spoiled)
+            assert bool(jnp.any(jnp.isnan(result["lmo"][1])))
+            np.testing.assert_allclose(result["lmo"][::2], expected[::2], atol=1e-6)
+            assert not np.isfinite(result["gauge"])
+            assert not np.isfinite(result["dual_norm"])
 
 
 @pytest.mark.parametrize(
@@ -214,7 +212,7 @@ def test_nan_among_many_numbers_stays_visible(norm, shape):
 @pytest.mark.fast
 @every_norm
 def test_init_is_on_the_ball_or_zero(x64, name, options):
-    cases = [*arrays_for(name, options)[:8:3], EMPTY[0], EMPTY[2]]
+    cases = [*arrays_for(name, options)[::3], EMPTY[0], EMPTY[2]]
     dtypes = ("float16", "bfloat16", "float32", "float64")
     draw = jax.jit(
         lambda key: {

@@ -63,10 +63,10 @@ def lmo(d):
     }
 
 
-def norm(w):
+def norm(w, gauge=naive.gauge):
     """The product norm, max_l ‖w_l‖_l / r_l."""
     return max(
-        naive.gauge(name, w[label], layout, radius, **options)
+        gauge(name, w[label], layout, radius, **options)
         for label, (name, layout, radius, options, _) in LAYERS.items()
     )
 
@@ -105,7 +105,7 @@ def clipped(k, x, d):
 
 def short(k, x, d):
     w = combine(np.add, x, lmo(d))
-    return w, min(1, pairing(d, w) / (rho(k) / 3 * norm(w) ** 2))
+    return w, min(1, pairing(d, w) / (rho(k) / 3 * norm(w, naive.gauge_bound) ** 2))
 
 
 def unconstrained_clipped(k, x, d):
@@ -146,28 +146,15 @@ def almond(x, gradients):
         yield x
 
 
-def short_steps(rate, norms, labels, *, rho, momentum):
-    """`clipped_scion(short_step=True)`, with exact norms in place of bounds, composed by hand."""
-
-    def squared_norm(w):
-        return jnp.max(jnp.stack([norms[label].gauge(w[label]) for label in LAYERS])) ** 2
-
-    w = scion_jax.scale_by_lmo(norms, labels), scion_jax.decay_weights(1.0, norms, labels)
-    return optax.chain(
-        scion_jax.average_gradients(momentum),
-        scion_jax.clip_by_pairing(optax.chain(*w), rho, squared_norm),
-        optax.scale_by_learning_rate(rate),
-    )
-
-
-RHO, THIRD = {"rho": scheduled(rho)}, {"rho": scheduled(lambda k: rho(k) / 3)}
+RHO = {"rho": scheduled(rho)}
+SHORT = {"rho": scheduled(lambda k: rho(k) / 3), "short_step": True}
 FREE = {"unconstrained": True}
 ALGORITHMS = {
     "scion": (scion_jax.scion, {}, of_averages(scion)),
     "unconstrained_scion": (unconstrained_scion, {}, of_averages(decayed(0))),
     "with decay": (unconstrained_scion, {"weight_decay": 0.3}, of_averages(decayed(0.3))),
     "clipped_scion": (clipped_scion, RHO, of_averages(clipped)),
-    "clipped_scion with short step": (short_steps, THIRD, of_averages(short)),
+    "clipped_scion with short step": (clipped_scion, SHORT, of_averages(short)),
     "unconstrained_clipped": (unconstrained_clipped_scion, RHO, of_averages(unconstrained_clipped)),
     "scion_light": (scion_jax.scion_light, {}, light(scion)),
     "unconstrained scion_light": (scion_jax.scion_light, FREE, light(decayed(0))),

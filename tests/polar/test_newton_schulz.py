@@ -78,6 +78,18 @@ def test_where_symmetric_products_are_divided(rows, halves):
         assert work[0] < 0.7 * work[1]
 
 
+@pytest.mark.parametrize("matrices", [1, 2, 3, 7, 8])
+def test_chunks_are_the_whole(matrices):
+    """However many go through at a time, whether or not they divide."""
+    stack = gaussian((7, 3, 5), dtype=np.float32)
+    for function, expected in (
+        (lambda x: 2 * x, 2 * stack),
+        (lambda x: jnp.sum(x, (1, 2), keepdims=True), stack.sum((1, 2), keepdims=True)),
+    ):
+        found = cpu.in_chunks(function, jnp.asarray(stack), matrices * stack[0].nbytes)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_dtypes_of_products():
     bfloat16 = lowered(Products(BFLOAT16).gram, shape(1, 4, 6))
     assert "-> tensor<1x4x4xf32>" in bfloat16  # sums are not rounded

@@ -88,12 +88,13 @@ STAGES = [
 
 @random_cases(20, build=one_of(*STAGES), case=inputs.cases(["single"]), data=st.data())
 def test_stages(build, case, data):
-    params, bad, certain = case.params, (*case.bad, "the gradients", "params"), False
+    with_params = data.draw(st.booleans())
+    needed = ("params",) * (build is STAGES[3] and not with_params)
+    params, bad, certain = case.params, (*case.bad, "the gradients", *needed), False
     if case.bad and data.draw(st.booleans()):
         params, path = data.draw(with_leaf(params, lambda _: NO_PARAMETERS))
-        bad, certain = (*case.bad, path, "params"), build is not STAGES[3]
+        bad, certain = (*case.bad, path, *needed), build is not STAGES[3]
     grads, more = data.draw(gradients(case.params))
-    with_params = data.draw(st.booleans())
 
     def steps(params, grads):
         stage = build(case.norms)

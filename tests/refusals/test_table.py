@@ -299,12 +299,8 @@ def test_what_a_schedule_raises_comes_through_and_says_whose_it_is():
 
 
 def test_a_schedule_that_leaves_the_segment():
-    """It is refused when it can be known, or no step goes further than all the way."""
-    try:
-        optimizer = scion(optax.linear_schedule(0.5, 3.0, 4), Sign(normalized=False), momentum=1.0)
-    except ValueError as error:
-        assert "learning_rate" in str(error)  # noqa: PT017
-        return
+    """No step goes further than all the way."""
+    optimizer = scion(optax.linear_schedule(0.5, 3.0, 4), Sign(normalized=False), momentum=1.0)
     x, state = jnp.ones(3), optimizer.init(jnp.ones(3))
     for _ in range(6):
         updates, state = optimizer.update(jnp.array([1.0, -1.0, 0.0]), state, x)
@@ -374,11 +370,7 @@ def test_labels_by_path():
     assert hash(label_by_path(rules)) == hash(label_by_path(rules))
 
 
-def test_two_leaves_of_one_path_are_both_bounded_or_refused():
-    tree = {"a/b": jnp.ones((2, 3)), "a": {"b": 2 * jnp.ones((2, 3))}}
-    try:
-        bounds = scion_jax.gauge_bounds(tree, Euclidean())
-    except ValueError as error:
-        assert "a/b" in str(error)  # noqa: PT017
-        return
-    np.testing.assert_allclose(jax.tree.leaves(bounds), np.sqrt(6) * np.array([2, 1]), rtol=1e-6)
+def test_two_leaves_of_one_path_are_refused():
+    tree = {"a/w": jnp.ones((2, 3)), "a": {"w": jnp.ones((2, 3))}}
+    with pytest.raises(ValueError, match="two leaves have the path 'a/w'"):
+        scion_jax.gauge_bounds(tree, Euclidean())

@@ -137,15 +137,12 @@ ARGUMENTS = {
     "schatten": (one_of(None, 2, 4), one_of(3, "2", 2.5, True, np.ones(3), [2], INF)),
     "inner": (one_of(scion_jax.scale_by_lmo(scion_jax.Auto()), optax.adam(0.1)), st.nothing()),
     "squared_norm": (one_of(None, lambda w: jnp.ones([])), st.nothing()),
-    "norm": (st.sampled_from(NORMS).map(lambda kind: kind()), NO_NORMS),
     "rules": (
         one_of([], [("a", "b")], (("^a$", 1), ["", "x"]), [("a|b", ""), ("a", 2.5)]),
         one_of("ab", None, 3, {"a": "b"}, {"a"}, ["ab"], [("a",)], [("a", "b", "c")], [("(", "b")])
         | one_of([("a", None)], [("a", ["b"])], [(1, "b")], [(b"a", "b")], [None], lambda rules: 1)
         | one_of([("a", np.ones(2))], [("a", {1})], np.array([("a", "b")])),
     ),
-    "key": (one_of(jax.random.key(0), jax.random.PRNGKey(0)), st.nothing()),
-    "shape": (SHAPES, st.nothing()),
     "dtype": (FLOATS, _DTYPE[1] | one_of("int32", bool)),
     "approximate": _FLAG,
     "x": (ARRAYS, NO_PARAMETERS | one_of(None, [1.0])),
@@ -154,7 +151,7 @@ ARGUMENTS = {
         NO_PARAMETERS | one_of(None, shape(), shape(3), np.ones(2), jnp.asarray(1.0)),
     ),
     **dict.fromkeys(("per_leaf", "short_step", "unconstrained"), _FLAG),
-    **dict.fromkeys(("normalized", "max", "rms", "zero_init", "constrained"), _FLAG),
+    **dict.fromkeys(("normalized", "max", "zero_init", "constrained"), _FLAG),
 }
 
 

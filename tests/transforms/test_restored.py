@@ -52,7 +52,5 @@ def test_nothing_is_lost_in_a_wider_buffer(build, stored, wanted, transform):
 @every_build
 def test_what_a_buffer_would_lose_is_refused(build, stored, wanted):
     optimizer, state = restored(build, stored, wanted)
-    with pytest.raises((TypeError, ValueError)) as caught:
+    with pytest.raises(TypeError, match=rf"holds {stored} for .* built for {wanted},"):
         optimizer.update(PARAMS, state, PARAMS)
-    assert stored in str(caught.value)
-    assert wanted in str(caught.value)
