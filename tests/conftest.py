@@ -6,8 +6,13 @@ import tempfile
 
 # Dtypes and the compiler's optimization are the defaults, what users run, but where a file says
 # `unoptimized`: it is about mathematics or about reading models, and compiling well tells nothing.
+# Splitting programs, to compile their parts at a time, costs a tenth where cores run tests anyway.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

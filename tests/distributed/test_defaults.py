@@ -39,11 +39,14 @@ def test_largest_singular_value_by_default(kind):
     ds, scales = [], 10.0 ** (4.0 * np.arange(8) - 16)[:, None, None]
     for n, m in ((2, 8), (9, 40), (16, 16), (48, 48), (128, 32)):
         low, high = sorted((n, m))
-        for name, spectrum in SPECTRA.items():
-            matrix = gaussian((low, high))
-            if name != "gaussian":
-                matrix = with_spectrum(spectrum(np.arange(low), low), high, 1)
-            ds.append(((matrix if n <= m else matrix.T) * scales).astype(np.float32))
+        matrices = [
+            with_spectrum(spectrum(np.arange(low), low), high, 1)
+            if spectrum
+            else gaussian((low, high))
+            for spectrum in SPECTRA.values()
+        ]
+        stack = np.concatenate([matrix * scales for matrix in matrices]).astype(np.float32)
+        ds.append(stack if n <= m else stack.mT)
     norm, mesh = Spectral(layout="bio", normalized=False), make("8", kind)
     with jax.set_mesh(mesh):
         specs = [P(None, "fsdp") if d.shape[1] % 8 == 0 else P(None, None, "fsdp") for d in ds]

@@ -5,18 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import scion_jax
 from scion_jax import NewtonSchulz, init_params, scion
 
-# name: (norm, radius, options, shape)
+# name: (norm, radius, options, shape); the matrices have four shapes, each of which is compiled
 LEAVES = {
     "wide": ("Spectral", 50.0, {}, (8, 32)),
     "tall": ("Spectral", 3.0, {}, (32, 8)),
     "square": ("Spectral", 1.0, {"max": True}, (16, 16)),
     "thin": ("Spectral", 2.0, {}, (1, 12)),
-    "conv": ("SpectralConv", 8.0, {}, (3, 3, 4, 8)),
-    "stack": ("Spectral", 50.0, {"layout": "bio"}, (3, 8, 8)),
+    "conv": ("SpectralConv", 8.0, {}, (2, 2, 8, 8)),
+    "stack": ("Spectral", 50.0, {"layout": "bio"}, (3, 16, 16)),
     "embedding": ("ColNorm", 1.0, {}, (20, 8)),
     "head": ("Sign", 3000.0, {}, (8, 20)),
     "gate": ("RowNorm", 2.0, {}, (8, 4)),
@@ -25,13 +26,20 @@ LEAVES = {
 }
 
 
-def gradient(key, shape):
-    """Gaussian, or of low rank, or aligned with the last one: what gradients can be like."""
-    one, two, three = jax.random.split(key, 3)
-    dense = jax.random.normal(one, shape)
-    rank_one = jax.random.normal(two, (*shape[:-1], 1)) * jnp.ones(shape[-1:])
-    kind = jax.random.randint(three, (), 0, 3)
-    return jnp.select([kind == 0, kind == 1], [dense, rank_one], jnp.ones(shape))
+def gradients(key):
+    """Each Gaussian, or of low rank, or aligned with the last one: what gradients can be like."""
+    numbers, tree_of = ravel_pytree(
+        {name: jnp.zeros(shape) for name, (*_, shape) in LEAVES.items()}
+    )
+    one, two = jax.random.split(key)
+    drawn = tree_of(jax.random.normal(one, numbers.shape))  # all at once, which compiles sooner
+    kinds = dict(zip(LEAVES, jax.random.randint(two, (len(LEAVES),), 0, 3), strict=True))
+
+    def chosen(kind, dense):
+        same, ones = [kind == 0, kind == 1], jnp.ones_like(dense)
+        return jnp.select(same, [dense, dense[..., :1] * ones], ones)
+
+    return jax.tree.map(chosen, kinds, drawn)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +59,7 @@ def test_a_thousand_steps_stay_in_the_ball(compute_dtype, excess):
     def run(key):
         def step(carry, key):
             params, state = carry
-            keys = dict(zip(LEAVES, jax.random.split(key, len(LEAVES)), strict=True))
-            gradients = {name: gradient(keys[name], shapes[name].shape) for name in LEAVES}
-            updates, state = optimizer.update(gradients, state, params)
+            updates, state = optimizer.update(gradients(key), state, params)
             return (optax.apply_updates(params, updates), state), None
 
         def five_steps(carry, keys):  # looked at after every fifth, since an SVD takes long

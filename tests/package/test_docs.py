@@ -68,12 +68,13 @@ def test_readme():
         def __call__(self, tokens):
             return self.head(jax.nn.relu(self.hidden(self.norm(self.embed(tokens)))))
 
+    @jax.jit  # an operation at a time takes longer
     def loss_of(model, tokens):
         logits, following = model(tokens), (3 * tokens + 1) % 16
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, following).mean()
 
     names = {name: getattr(scion_jax, name) for name in dir(scion_jax) if name[0] != "_"}
-    names |= {"Network": Network, "loss_of": loss_of, "batches": [jnp.arange(16)] * 40}
+    names |= {"Network": Network, "loss_of": loss_of, "batches": [jnp.arange(16)] * 25}
     names |= {"jax": jax, "nnx": nnx}
     ((example, _),) = blocks(ROOT / "README.md")
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
