@@ -18,6 +18,8 @@ MUTANTS ?= scion_jax
 MUTANTS_TESTS ?=
 # Test processes. The default is one per core, and at most 8.
 TEST_JOBS ?= auto
+# Each has a part of the files until it is done with them, since neighbours share what they compile.
+jobs = --numprocesses=$(TEST_JOBS) --maxprocesses=8 --dist=worksteal
 
 python := $(VENV)/bin/python
 
@@ -52,16 +54,15 @@ demo: $(VENV)/.installed-examples
 	@$(python) examples/nanogpt.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	@$(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
+	@$(python) -m pytest $(jobs) $(PYTEST_ARGS)
 
 # The tests left out of `test`; .ci/nightly runs them.
 test-slow: $(VENV)/.installed-test
-	@$(python) -m pytest -m slow --numprocesses=$(TEST_JOBS) --maxprocesses=8 $(PYTEST_ARGS)
+	@$(python) -m pytest -m slow $(jobs) $(PYTEST_ARGS)
 
 # sysmon costs next to nothing; Python has it from 3.12 on.
 coverage: $(VENV)/.installed-coverage
-	@COVERAGE_CORE=sysmon $(python) -m pytest --numprocesses=$(TEST_JOBS) --maxprocesses=8 \
-		--cov --no-cov-on-fail $(PYTEST_ARGS)
+	@COVERAGE_CORE=sysmon $(python) -m pytest $(jobs) --cov --no-cov-on-fail $(PYTEST_ARGS)
 
 # Changes files where they are, so commit before. An interrupted run goes on: delete out/mutants to
 # start anew.

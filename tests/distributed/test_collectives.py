@@ -84,6 +84,16 @@ def test_nothing_is_spread_where_that_is_turned_off(optimizer, kind):
     assert "all-to-all" not in found
 
 
+@pytest.mark.parametrize("names", [None, ()])
+def test_bounds_are_spread_where_that_is_not_turned_off(names):
+    mesh = make("8", "Explicit")
+    with jax.set_mesh(mesh):
+        xs = [shapes_on(mesh, P("fsdp"), 16, 16)] * 2
+        bounds = jax.jit(lambda xs: scion_jax.gauge_bounds(xs, Spectral(), shard_over=names))
+        found = kinds(collectives(bounds.lower(xs).compile().as_text()))
+    assert ("all-to-all" in found) == (names is None)
+
+
 @every_kind
 def test_no_communication_inside_the_iteration(kind):
     """Neither for a stack of one matrix, nor if matrices are split over further axes."""
@@ -154,14 +164,16 @@ def test_shares_of_the_work():
     assert {math.prod(map(int, shape.split(","))) for shape in shapes} == {4 * 64 * 64}
 
 
-def test_two_mapped_devices_share_the_work():
+@pytest.mark.parametrize(("names", "devices"), [(("tensor",), "2"), (("fsdp", "tensor"), "8")])
+def test_mapped_devices_share_the_work(names, devices):
     mapped = jax.shard_map(
-        lambda ds: lmos_of(Spectral(), ds, ("tensor",)),
+        lambda ds: lmos_of(Spectral(), ds, names),
         mesh=make("4x2", "Auto"),
         in_specs=P(),
         out_specs=P(),
     )
-    assert "all_gather" in str(jax.make_jaxpr(mapped)([jnp.ones((8, 12))] * 2))
+    text = str(jax.make_jaxpr(mapped)([jnp.ones((8, 12))] * 8))
+    assert set(re.findall(r"all_gather.*?axis_size=(\d)", text, re.DOTALL)) == {devices}
 
 
 def shapes_on(mesh, spec, *shape):

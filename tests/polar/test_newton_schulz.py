@@ -198,3 +198,12 @@ def test_transposed_arguments_in_bfloat16(sizes):
     ):
         result = jax.jit(transposed)(x)
         np.testing.assert_allclose(result, expected, atol=0.02, equal_nan=False)
+
+
+@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="no CPU with products of bfloat16")
+def test_symmetric_products_of_bfloat16_are_not_widened():
+    """With a transpose folded into them they would be, which takes twice as long."""
+    products, x = cpu.CpuProducts(BFLOAT16), jax.ShapeDtypeStruct((3, 32, 96), jnp.bfloat16)
+    text = jax.jit(products.gram).lower(x).compile().as_text()
+    assert "bf16[3,32,96]" in text
+    assert "f32[3,32,96]" not in text.replace("bf16", "")
