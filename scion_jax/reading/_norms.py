@@ -46,7 +46,8 @@ def infer_norms(
         last: Norm of the output layer, or None if there is none, or `rules` have it. A tied
             embedding is one; it does not start at zero.
         hidden: Norm of matrices and convolutions.
-        first: Norm of the first layers; None for `hidden` with `max=True`, if it is `Spectral`.
+        first: Norm of the first layers; None for `hidden` with `max=True`, if it is `Spectral`
+            without `rms`.
         embeddings: Norm of what is looked up.
         vectors: Norm of biases, gains, learned tokens and tables of positions.
         rules: Norms by regular expressions, which are searched for in the `/`-joined path (a
@@ -85,7 +86,8 @@ def infer_norms(
     roles = read_roles(function, params, *inputs, has_aux=has_aux)
     found = _matched(rules, roles)
     if first is None:
-        first = dataclasses.replace(hidden, max=True) if isinstance(hidden, Spectral) else hidden
+        may_grow = isinstance(hidden, Spectral) and not hidden.rms
+        first = dataclasses.replace(hidden, max=True) if may_grow else hidden
     norms |= {"first": first, "embedding": embeddings, "unused": vectors, "unknown": vectors}
     if last is not None:
         _check_last(last, [role for role in roles if role.last and role.path not in found])

@@ -171,6 +171,8 @@ REFUSED = [
     (lambda: Sign(jnp.array(True)), TypeError, "radius must be a number; got an array of dt"),
     (lambda: Auto(vector_radius=0.0), ValueError, "vector_radius must be above 0 and finite"),
     (lambda: Spectral(orthogonalizer="svd"), TypeError, r"NewtonSchulz\(…\) or ExactPolar"),
+    (lambda: Spectral(rms=True, max=True), ValueError, "leave out max and normalized"),
+    (lambda: SpectralConv(rms=True, normalized=False), ValueError, "SpectralConv: rms=True is"),
     (lambda: Auto(orthogonalizer=None), TypeError, r"NewtonSchulz\(…\) or ExactPolar"),
     *(
         (

@@ -153,6 +153,7 @@ ARGUMENTS = {
     ),
     **dict.fromkeys(("per_leaf", "short_step", "unconstrained"), _FLAG),
     **dict.fromkeys(("normalized", "max", "zero_init", "constrained"), _FLAG),
+    "rms": (st.just(False), st.nothing()),  # True goes with some of the others only
 }
 
 
