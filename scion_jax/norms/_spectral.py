@@ -27,12 +27,18 @@ class Spectral(Norm):
     with `c = √(d_out/d_in) / k`, or `√d_out / k` if not normalized; with `max` the root is at
     least 1. A convolution counts as its flattened window, `d_out × k·d_in`.
 
+    With `rms` it is `c = √max(d_out, k·d_in)`, by which the LMO's entries have RMS 1 whatever the
+    shape: radius 0.2 is Moonlight's scale, which takes over AdamW's learning rate. A unit weight
+    then keeps no RMS: what a step does to outputs grows with the width, so learning rates have to
+    be found for each width anew.
+
     Attributes:
         radius: Radius of the ball; published: 50 for hidden layers of nanoGPT, 25 for DeiT, 8 for
             CNNs, 1 for MLPs.
         layout: One letter per array axis; see `Norm`.
         normalized: Divide the root by `√d_in`.
         max: Take `max(1, root)`: for the first layer on images, where d_out > d_in is rare.
+        rms: Scale by the LMO's entries instead; with neither `max` nor `normalized=False`.
         orthogonalizer: How `U Vᵀ` is computed, `NewtonSchulz(…)` or `ExactPolar()`.
 
     Example:
@@ -41,19 +47,28 @@ class Spectral(Norm):
         >>> norm.gauge(jnp.diag(jnp.array([1.0, 3.0])))
         Array(1.5, dtype=float32)
 
-    Source: [S] Pethick et al., arXiv:2502.07529, Tables 2 to 4.
+    Source: [S] Pethick et al., arXiv:2502.07529, Tables 2 to 4; `rms`: Liu et al.,
+    arXiv:2502.16982, Sec. 2.2.
     """
 
     normalized: bool = True
     max: bool = False
+    rms: bool = False
     orthogonalizer: Orthogonalizer = NewtonSchulz()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_orthogonalizer(type(self).__name__, self.orthogonalizer)
+        if self.rms and (self.max or not self.normalized):
+            raise ValueError(
+                f"{type(self).__name__}: rms=True is a scale of its own, √max(d_out, k·d_in); "
+                "leave out max and normalized"
+            )
 
     def unit_radius(self, axes: Axes) -> float:
         """Computes `c`, the spectral norm that counts as 1."""
+        if self.rms:
+            return math.sqrt(max(axes.d_out, axes.fan_in, 1))
         root = math.sqrt(axes.d_out / (max(axes.d_in, 1) if self.normalized else 1))
         return (max(1.0, root) if self.max else root) / max(axes.window_size, 1)
 
@@ -116,6 +131,7 @@ class SpectralConv(Spectral):
         layout: One letter per array axis, at least one of them `s`; see `Norm`.
         normalized: As in `Spectral`.
         max: As in `Spectral`.
+        rms: As in `Spectral`.
         orthogonalizer: As in `Spectral`; published: 9 quintic steps.
 
     Example:

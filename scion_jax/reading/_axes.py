@@ -14,7 +14,8 @@ def changed(value: Value, change: Callable[[View], View], places: Places, flat: 
     if isinstance(value, Constant):
         return Constant()
     if isinstance(value, Data):
-        return value.placed(places, frozenset(map(change, value.views)), flat)
+        views, traces = (frozenset(map(change, seen)) for seen in (value.views, value.traces))
+        return value.placed(places, views, flat, traces)
     data = value.data and value.data.placed(places, value.data.views, flat)
     return Weight(foremost(map(change, value.views)), data)
 

@@ -41,8 +41,8 @@ class Reader:
         rules: How to follow each primitive, by name.
     """
 
-    def __init__(self, rules: Mapping[str, Rule]) -> None:
-        self.uses = Uses()
+    def __init__(self, rules: Mapping[str, Rule], apart: bool = False) -> None:
+        self.uses = Uses(apart)
         self.rules = rules
         self._inside = {"scan": self._scan, "while": self._while, "cond": self._cond}
         self._transposed: dict[Any, bool] = {}
@@ -165,7 +165,7 @@ class Reader:
             return Constant()
         if isinstance(value, Data):
             self.uses.consume(value.views)
-            return value._replace(views=NONE, flat=NONE, onehot=NONE)
+            return value._replace(views=NONE, flat=NONE, onehot=NONE, traces=NONE)
         return value
 
     def _cond(self, params: Any, inputs: Sequence[Read]) -> list[Read]:

@@ -9,7 +9,7 @@ from scion_jax.reading._elementwise import unknown
 from scion_jax.reading._meetings import product, settle
 from scion_jax.reading._products import Side, of_data
 from scion_jax.reading._uses import Operation, Uses
-from scion_jax.reading._values import Constant, Value, Weight
+from scion_jax.reading._values import NONE, Constant, Data, Value, Weight
 from scion_jax.reading._views import PLAIN, Factor, Move
 
 
@@ -29,7 +29,8 @@ def convolution(uses: Uses, operation: Operation, values: Sequence[Value]) -> Va
         nowhere = Move([], [], [])
         images = Side([], [], range(len(shape)), nowhere)
         kernels = Side([inside, *window], [], [out], nowhere)
-        return of_data(uses, [image, kernel], [images, kernels])
+        both = [x._replace(traces=NONE) if isinstance(x, Data) else x for x in (image, kernel)]
+        return of_data(uses, both, [images, kernels])
     if isinstance(image, Constant) or params["batch_group_count"] != 1:
         return unknown(uses, operation, [image, kernel])[0]
     letters = {inside: "i", **dict.fromkeys(window, "s")}

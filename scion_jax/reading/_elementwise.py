@@ -113,7 +113,7 @@ def _scaled(uses: Uses, weight: Weight, data: Data) -> Weight:
     uses.consume(data.views)
     both = combined([weight.data, data._replace(views=NONE)] if weight.data else [data])
     fresh = weight.data.fresh if weight.data and weight.picked else both.fresh
-    return weight._replace(data=both._replace(fresh=fresh, views=NONE))
+    return weight._replace(data=both._replace(fresh=fresh, views=NONE, traces=NONE))
 
 
 def _as_data(uses: Uses, weight: Weight, data: Data | None = None, added: bool = True) -> Data:

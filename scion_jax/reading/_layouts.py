@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,7 @@ def _parts(
     if max(groups) > 1:
         return letter, f"[{groups[0]}]" if len(set(groups)) == 1 else ""
     spans = {use.spans[axis] for use in uses}
+    heads = [{note[2] for note in notes[use] if note[:2] == ("head", axis)} for use in uses]
     if is_outermost:
         whole = [use for use in uses if ("whole",) in notes[use]]
         pieces = [note for use in uses if use not in whole for note in notes[use]]
@@ -74,11 +76,24 @@ def _parts(
     is_table = axis == 0 and "o" in letters[1:] and all(use.kind != MATRIX for use in uses)
     if is_table and (0, size) not in spans:
         return "b", ""  # rows that are used apart
-    sizes = _tiles(spans, size)
+    apart = _heads(set().union(*heads), spans, size) if all(heads) else []
+    sizes = apart or _tiles(spans, size)
     if set(sizes) == {1}:
         return ("b" if letters.count(letter) > 1 else letter), ""
     count = str(len(sizes)) if len(set(sizes)) == 1 else ",".join(map(str, sizes))
     return letter, f"[{count}]" if len(sizes) > 1 else ""
+
+
+def _heads(heads: set[tuple[int, int]], spans: set[tuple[int, int]], size: int) -> list[int]:
+    """Finds the sizes of heads, and of pieces that have none; nothing if they do not fit."""
+    pieces = {
+        (start, stop)
+        for start, stop in spans
+        if all(stop <= first or last <= start for first, last in heads)
+    }
+    tiles = _tiles(heads | pieces, size)
+    ends = list(itertools.accumulate(tiles))
+    return tiles if {*zip([0, *ends], ends, strict=False)} <= heads | pieces else []
 
 
 def _tiles(spans: set[tuple[int, int]], size: int) -> list[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from scion_jax.reading._heads import note_inputs
 from scion_jax.reading._letters import Pairs
 from scion_jax.reading._uses import EMBEDDING, MATRIX, UNKNOWN, VECTOR, WEAK, Use, Uses
 from scion_jax.reading._values import NONE, Data, Weight, combined
@@ -43,12 +44,14 @@ def entrywise(uses: Uses, weight: Weight, data: Data | None = None, added: bool 
             made[use] = view._replace(source=use, gone=())
     if not added:
         uses.note("whole", made)
+    views = frozenset(made.values())
     return Data(
         fresh=bool(data and data.fresh),
         learned=data is None,
-        views=frozenset(made.values()),
+        views=views,
         flat=frozenset(axes) - weight.dims(),
         pending=frozenset(made),
+        traces=views if uses.apart else NONE,
     )
 
 
@@ -100,7 +103,14 @@ def settle(uses: Uses, weight: Weight, among: Data | None = None) -> Data:
     )
 
 
-def product(uses: Uses, weight: Weight, pairs: Sequence[Pairs], data: Data, move: Move) -> Data:
+def product(
+    uses: Uses,
+    weight: Weight,
+    pairs: Sequence[Pairs],
+    data: Data,
+    move: Move,
+    heads: Mapping[int, int] = {},
+) -> Data:
     """Notes a product of a weight with data.
 
     Args:
@@ -109,6 +119,7 @@ def product(uses: Uses, weight: Weight, pairs: Sequence[Pairs], data: Data, move
         pairs: For each of its views the role of each factor.
         data: The data.
         move: Where the axes of the weight are in the result.
+        heads: How many attention heads there are on its axes.
 
     Returns:
         The result, with views of the axes of the weight that are in it.
@@ -122,17 +133,20 @@ def product(uses: Uses, weight: Weight, pairs: Sequence[Pairs], data: Data, move
     for view, own in zip(weight.views, pairs, strict=True):
         use = _multiplied(uses, weight, view, own, data.fresh)
         made[use] = view.moved(move)._replace(source=use, gone=())
+        note_inputs(uses, use, view, move.old, heads)
         if view.is_factor and not weight.plain:
             factors.append(use)
     if not uses.transposed:
         uses.note("followed", data.pending)
     uses.consume(data.views)
     uses.note("suspected", data.suspects)
+    views = frozenset(made.values())
     return Data(
         learned=data.learned,
         pending=frozenset(made),
         factors=frozenset(factors),
-        views=frozenset(made.values()),
+        views=views,
+        traces=views if uses.apart else NONE,
     )
 
 

@@ -121,7 +121,8 @@ def _together(uses: Uses, values: Sequence[Value], axis: int, new: Shape) -> Val
             uses.note("piece", [source], span)
     joined = combined(datas)
     kept = frozenset(view.spread(sizes) for view in joined.views if not view.own(axis))
-    return joined._replace(views=kept, flat=joined.flat - {axis}, onehot=NONE)
+    traces = frozenset(view.spread(sizes) for view in joined.traces)
+    return joined._replace(views=kept, flat=joined.flat - {axis}, onehot=NONE, traces=traces)
 
 
 def pad(uses: Uses, operation: Operation, values: Sequence[Value]) -> Value:
@@ -163,7 +164,8 @@ def _reduced(uses: Uses, name: str, data: Data, axes: Sequence[int]) -> Data:
         uses.stack([view for view in data.views if view.dims() - {*axes}], dim, summed=True)
     whole = frozenset(view for view in data.views if view.own(*axes))
     uses.consume(whole)
-    return data._replace(views=data.views - whole)
+    traces = frozenset(view for view in data.traces if not view.own(*axes))  # no statistics
+    return data._replace(views=data.views - whole, traces=traces)
 
 
 def _summed(uses: Uses, weight: Weight, axes: Sequence[int], move: Move) -> Data | None:

@@ -28,6 +28,7 @@ def infer_norms(
     vectors: Norm = BiasRMS(),
     rules: Mapping[str, Norm] = {},
     has_aux: bool = False,
+    heads: str = "together",
 ) -> Assignment:
     """Chooses a norm and a layout for every parameter of a program, from what that does with them.
 
@@ -46,13 +47,16 @@ def infer_norms(
         last: Norm of the output layer, or None if there is none, or `rules` have it. A tied
             embedding is one; it does not start at zero.
         hidden: Norm of matrices and convolutions.
-        first: Norm of the first layers; None for `hidden` with `max=True`, if it is `Spectral`.
+        first: Norm of the first layers; None for `hidden` with `max=True`, if it is `Spectral`
+            without `rms`.
         embeddings: Norm of what is looked up.
         vectors: Norm of biases, gains, learned tokens and tables of positions.
         rules: Norms by regular expressions, which are searched for in the `/`-joined path (a
             leading `params/` may be left out). They mean matrices; one that finds no matrix means
             vectors.
         has_aux: Whether the function returns a pair, of which the second is no part of the loss.
+        heads: `"together"`: the heads of an attention projection are one matrix; `"apart"`: each is
+            one of its own, where the program tells (see the page on layouts).
 
     Returns:
         Norms and labels as one value, to be given as `norms` to optimizers, `init_params`,
@@ -61,8 +65,8 @@ def infer_norms(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a parameter cannot be read, or there is no output layer for `last`, or
-            several that differ, or a rule finds nothing. The message names all of them, what was
-            done with them and where, and what to write.
+            several that differ, or a rule finds nothing, or `heads` is neither. The message names
+            all of them, what was done with them and where, and what to write.
 
     Example:
         >>> import jax, jax.numpy as jnp, scion_jax
@@ -82,10 +86,11 @@ def infer_norms(
     norms |= {"embeddings": embeddings, "vectors": vectors}
     for name, norm in norms.items():
         _check_norm(name, norm, optional=name in ("last", "first"))
-    roles = read_roles(function, params, *inputs, has_aux=has_aux)
+    roles = read_roles(function, params, *inputs, has_aux=has_aux, heads=heads)
     found = _matched(rules, roles)
     if first is None:
-        first = dataclasses.replace(hidden, max=True) if isinstance(hidden, Spectral) else hidden
+        may_grow = isinstance(hidden, Spectral) and not hidden.rms
+        first = dataclasses.replace(hidden, max=True) if may_grow else hidden
     norms |= {"first": first, "embedding": embeddings, "unused": vectors, "unknown": vectors}
     if last is not None:
         _check_last(last, [role for role in roles if role.last and role.path not in found])

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from scion_jax.reading import _heads as heads
 from scion_jax.reading._axes import changed
 from scion_jax.reading._elementwise import merged, unknown
 from scion_jax.reading._meetings import product, settle
@@ -134,7 +135,9 @@ def _with_data(uses: Uses, weight: Weight, data: Data, mine: Side, other: Side) 
             uses.stack(data.views, theirs)
     places = [d if alone or d not in mine.batch else None for d in mine.move.places]
     pairs = [view.paired(letters) for view in weight.views]
-    made = product(uses, weight, pairs, data, mine.move._replace(places=places))
+    counts = [heads.count(data.traces, dim, other.move.old[dim]) for dim in other.contract]
+    numbers = {axis: n for axis, n in zip(mine.contract, counts, strict=True) if n > 1}
+    made = product(uses, weight, pairs, data, mine.move._replace(places=places), numbers)
     stacked = frozenset(n for n, d in enumerate(other.move.places) if d in data.stacked)
     return made._replace(stacked=stacked)
 
@@ -161,6 +164,7 @@ def of_data(uses: Uses, values: Sequence[Value], sides: Sequence[Side]) -> Value
         views=NONE, flat=NONE, hard=True, factors=NONE, pending=uses.unfollowed(joined.pending),
         rows=rows if is_outer else NONE, columns=columns if is_outer else NONE,
         suspects=suspects if len(parts) == 1 or joined.hard else NONE,
+        traces=heads.attended(uses, parts),
     )  # fmt: skip
 
 

@@ -48,7 +48,11 @@ class Role(NamedTuple):
 
 
 def read_roles(
-    function: Callable[..., Any], params: Any, *inputs: Any, has_aux: bool = False
+    function: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    has_aux: bool = False,
+    heads: str = "together",
 ) -> list[Role]:
     """Reads off a program what each of its parameters is.
 
@@ -62,6 +66,7 @@ def read_roles(
             Leaves that are no floating arrays belong to the program.
         *inputs: Its other arguments: trees of arrays or shapes. Anything else in them is passed on.
         has_aux: Whether the function returns a pair, of which the second is no part of the loss.
+        heads: `"together"`, or `"apart"`: an attention head is a matrix of its own.
 
     Returns:
         A role for each parameter, in the tree's order. A parameter that cannot be read gets the
@@ -70,6 +75,7 @@ def read_roles(
     Raises:
         TypeError: If `function` is not callable or, with `has_aux`, returns no pair, or if `params`
             has no floating arrays.
+        ValueError: If `heads` is neither.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -84,6 +90,8 @@ def read_roles(
         raise TypeError(f"function is the loss or the forward pass of a model; got {function!r}")
     if not isinstance(has_aux, bool):
         raise TypeError(f"has_aux is True or False; got {has_aux!r}")
+    if heads not in ("together", "apart"):
+        raise ValueError(f"heads is 'together' or 'apart'; got {heads!r}")
     function, params, inputs = _without_modules(function, params, inputs)
     leaves, rebuild = _arrays(params, floating=True)
     if not leaves:
@@ -99,7 +107,7 @@ def read_roles(
         return [x for x in jax.tree.leaves(outputs) if hasattr(x, "dtype")]
 
     closed = jax.make_jaxpr(program)([leaf for _, leaf in leaves], [leaf for _, leaf in others])
-    reader, roots = Reader(RULES), [Step([]) for _ in leaves]
+    reader, roots = Reader(RULES, heads == "apart"), [Step([]) for _ in leaves]
     uses = reader.uses
     weights = [Weight((whole(n, leaf.shape),)) for n, (_, leaf) in enumerate(leaves)]
     data = (Data(fresh=True), None)

@@ -75,16 +75,19 @@ class Uses:
             product, `"reached"` the outputs, `"demoted"` since it only measured the weight,
             `"suspected"` of being part of a weight that data made, `"whole"` since it is not cut;
             `"used"` as it is, and a `"piece"` that goes its own way, each with the ranges of it;
-            `"stack"`, with an axis along which a later weight has a matrix for each entry.
+            `"stack"`, with an axis along which a later weight has a matrix for each entry;
+            `"head"`, with an axis and the range of an attention head on it.
         equation: The equation that is read now.
         callers: Those that it is inside of, inwards.
         looked_up: Where a parameter was looked up last.
         step: Its step; a use counts if a gradient of the outputs reaches it.
         transposed: Whether it is in the transposed half of a derivative.
         inside_custom: Whether it is inside of a function with a derivative of its own.
+        apart: Whether attention heads are looked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: bool = False) -> None:
+        self.apart = apart
         self.found: dict[Use, list[Step]] = {}
         self.notes: dict[tuple[Any, ...], None] = {}
         self.equation: Any = None

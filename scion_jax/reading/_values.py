@@ -54,6 +54,8 @@ class Data(NamedTuple):
         onehot: The axis along which it is one-hot, if it is.
         rows: The axes of one factor, if it is an outer product.
         columns: Those of the other factor.
+        traces: Views of what projections brought, also where they are of no use as `views` any
+            more, and of heads (without a source); see `_heads`.
     """
 
     fresh: bool = False
@@ -70,19 +72,22 @@ class Data(NamedTuple):
     onehot: Axes = NONE
     rows: Axes = NONE
     columns: Axes = NONE
+    traces: Views = NONE
 
     def bare(self) -> Data:
         """Forgets all that has axes."""
         return Data._make([*self[:_FIRST_WITH_AXES], *[NONE] * (len(self) - _FIRST_WITH_AXES)])
 
-    def placed(self, places: Places, views: Views = NONE, flat: Axes = NONE) -> Data:
+    def placed(
+        self, places: Places, views: Views = NONE, flat: Axes = NONE, traces: Views = NONE
+    ) -> Data:
         """Puts its axes elsewhere: for each new one the old one, or None. Its views are others."""
-        others, fields = self[:_FIRST_WITH_AXES], self[_FIRST_WITH_AXES + 1 :]
+        others, fields = self[:_FIRST_WITH_AXES], self[_FIRST_WITH_AXES + 1 : -1]
         pairs, axes = list(enumerate(places)), []
         for old in cast(Sequence[Axes], fields):
             axes.append(frozenset([n for n, dim in pairs if dim in old]) if old else old)
         axes[0] |= flat
-        return Data._make([*others, views, *axes])
+        return Data._make([*others, views, *axes, traces])
 
 
 _FIRST_WITH_AXES: int = Data._fields.index("views")

@@ -19,7 +19,9 @@ from scion_jax import (
     Spectral,
     almond,
     clipped_scion,
+    infer_norms,
     scion,
+    scion_light,
     unconstrained_clipped_scion,
     unconstrained_scion,
 )
@@ -89,9 +91,9 @@ def like_muon(maximum, consistent_rms=None):
 
 
 SIGN = Sign(normalized=False)
+KNOWN = inspect.signature(optax.contrib.muon).parameters
 NEWER = pytest.mark.skipif(
-    "consistent_rms" not in inspect.signature(optax.contrib.muon).parameters,
-    reason="Optax 0.2.6 has no consistent_rms",
+    "consistent_rms" not in KNOWN, reason="Optax 0.2.6 has no consistent_rms"
 )
 # ours, Optax's, shapes
 OPTAX = {
@@ -110,6 +112,20 @@ OPTAX = {
         )
         for decay in (0.0, 0.3)
     },
+    # Lion itself looks ahead: `b1 = (1 − ᾱ) b2` (arXiv:2605.11172).
+    "lion": lambda: (
+        unconstrained_scion(0.1, SIGN, momentum=0.2, optimism=0.25, weight_decay=0.3),
+        optax.lion(0.1, b1=0.6, b2=0.8, weight_decay=0.3),
+        SHAPES,
+    ),
+    # Nesterov's momentum is optimism α; only the direction counts.
+    "normalized gradient descent with Nesterov's momentum": lambda: (
+        unconstrained_scion(0.1, Euclidean(), momentum=0.2, optimism=0.2),
+        optax.chain(
+            optax.trace(0.8, nesterov=True), optax.normalize_by_update_norm(eps=0.0), optax.sgd(0.1)
+        ),
+        ONE,
+    ),
     # `Euclidean`, one leaf ([S] Sec. 2, Cutkosky and Mehta 2020).
     "normalized gradient descent with momentum": lambda: (
         unconstrained_scion(0.1, Euclidean(radius=2.0), momentum=0.2),
@@ -141,6 +157,107 @@ def test_as_in_optax(x64, name):
 def test_some_steps_were_clipped():
     lengths = np.linalg.norm(gaussian(1, ONE, STEPS)["w"], axis=(1, 2))
     assert lengths.min() < 3.5 < lengths.max()
+
+
+def readout(params, tokens):
+    x = params["embed"][tokens]
+    x = jnp.einsum("nd,dhk->nhk", x, params["query"])
+    x = jnp.tanh(jnp.einsum("nhk,hkd->nd", x, params["out"]) + params["bias"])
+    return jax.nn.log_softmax(jnp.tanh(x @ params["up"]) @ params["down"] @ params["head"])
+
+
+WIDTH = 6
+MODEL = {
+    "bias": (WIDTH,),
+    "down": (2 * WIDTH, WIDTH),
+    "embed": (20, WIDTH),
+    "head": (WIDTH, 20),
+    "out": (2, 4, WIDTH),
+    "query": (WIDTH, 2, 4),
+    "up": (WIDTH, 2 * WIDTH),
+}
+
+
+def ahead_as_in_optax(count, beta=0.95):
+    """Nesterov's momentum where both the average and the gradient are debiased, as in Optax."""
+    past = beta ** (1.0 + jnp.float32(count))
+    return (1 - beta) * (1 - beta * past) / (1 - 2 * beta * past + beta**2 * past)
+
+
+QUINTIC = NewtonSchulz("quintic", 5, jnp.float32)
+# muon's options, and ours: of Spectral, and of unconstrained_scion.
+LEAVING = {
+    "defaults": ({}, {}, {}),
+    "no Nesterov": ({"nesterov": False}, {}, {"optimism": 0.0}),
+    "beta": (
+        {"beta": 0.8},
+        {},
+        {"momentum": 0.2, "optimism": lambda count: ahead_as_in_optax(count, 0.8)},
+    ),
+    "weight_decay": ({"weight_decay": 0.3}, {}, {"weight_decay": 0.3}),
+    "consistent_rms": ({"consistent_rms": 0.2}, {"radius": 0.2, "max": False, "rms": True}, {}),
+    "ns_steps": (
+        {"ns_steps": 3},
+        {"orthogonalizer": NewtonSchulz("quintic", 3, jnp.float32)},
+        {},
+    ),
+    "ns_coeffs": (
+        {"ns_coeffs": ((4.0, -7.0, 3.0), (3.0, -3.5, 1.4), (2.0, -1.5, 0.5)), "ns_steps": 3},
+        {
+            "orthogonalizer": NewtonSchulz(
+                [(4.0, -7.0, 3.0), (3.0, -3.5, 1.4), (2.0, -1.5, 0.5)], compute_dtype=jnp.float32
+            )
+        },
+        {},
+    ),
+    "dion": (
+        {"ns_coeffs": "dion"},
+        {
+            "orthogonalizer": NewtonSchulz(
+                getattr(optax.contrib._muon, "_DION_NS_COEFFS", "quintic"),
+                compute_dtype=jnp.float32,
+            )
+        },
+        {},
+    ),
+    "preconditioning": (
+        {"preconditioning": "schatten"},
+        {"orthogonalizer": NewtonSchulz("quintic", 5, jnp.float32, schatten=4)},
+        {},
+    ),
+    "adam": ({"adam_b1": 0.8, "adam_learning_rate": 0.005, "adam_weight_decay": 0.1}, {}, {}),
+}
+
+
+@pytest.mark.parametrize(("theirs", "norm", "ours"), LEAVING.values(), ids=LEAVING)
+def test_leaving_muon(theirs, norm, ours):
+    """The same updates, of a model whose matrices `infer_norms` finds; Adam has the rest."""
+    if not {*theirs} <= {*KNOWN} or ("dion" in theirs.values() and "preconditioning" not in KNOWN):
+        pytest.skip("the installed Optax has no such option")
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in MODEL.items()}
+    hidden = Spectral(**{"max": True, "orthogonalizer": QUINTIC, **norm})
+    norms = infer_norms(readout, shapes, jnp.arange(5), last=SIGN, hidden=hidden)
+    kinds = {label: isinstance(norm, Spectral) for label, norm in norms.norms.items()}
+    matrices = unconstrained_scion(
+        0.02, norms, **{"momentum": 0.05, "optimism": ahead_as_in_optax, **ours}
+    )
+    adam = {name.removeprefix("adam_"): x for name, x in theirs.items() if "adam_" in name}
+    rate, nesterov = adam.pop("learning_rate", 0.02), theirs.get("nesterov", True)
+    rest = optax.adamw(rate, nesterov=nesterov, **{"weight_decay": 0.0, **adam})
+    optimizer = optax.partition(
+        {True: matrices, False: rest},
+        lambda params: jax.tree.map(lambda label: kinds[label], norms.labels(params)),
+    )
+    muon = optax.contrib.muon(
+        0.02, muon_weight_dimension_numbers=norms.muon_dimension_numbers, **theirs
+    )
+    found, expected = (run(each, MODEL) for each in (optimizer, muon))
+    for name in MODEL:
+        steps = np.diff(found[name], axis=0), np.diff(expected[name], axis=0)
+        assert np.abs(steps[0] - steps[1]).max() < 1e-3 * np.abs(steps[1]).max(), name
+    assert (
+        sum(numbers is not None for numbers in norms.muon_dimension_numbers(shapes).values()) == 4
+    )
 
 
 LENGTHS = {"embedding": 1.0, "hidden": 2.0, "head": 3.0, "bias": 4.0}
@@ -180,6 +297,18 @@ LIMITS = {
         )
         for short, rho in ((False, 1e-30), (True, 1e-30), (False, 0.0), (True, 0.0))
     },
+    # Looking all the way ahead: no momentum.
+    "optimism 1": (
+        unconstrained_scion(0.1, optimism=1.0, **OPTIONS),
+        unconstrained_scion(0.1, **{**OPTIONS, "momentum": 1.0}),
+        1.0,
+    ),
+    # A constant α: `αG` is the average, ahead as well.
+    "optimistic scion_light": (
+        scion_light(0.1, optimism=0.4, **OPTIONS),
+        scion(0.1, optimism=0.4, **OPTIONS),
+        1.0,
+    ),
     # ρ → 0 in GGNC: unconstrained Scion with the same learning rate ([C] Alg. 3).
     **{
         f"unconstrained_clipped_scion, rho {rho}": (

@@ -188,7 +188,7 @@ def test_under_inject_hyperparams(static):
     optimizer = optax.inject_hyperparams(scion, static_args=static)(0.1, read)
     updates, state = jax.eval_shape(optimizer.update, params, optimizer.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
-    assert state.hyperparams.keys() == {"learning_rate", "momentum"}
+    assert state.hyperparams.keys() == {"learning_rate", "momentum", "optimism"}
 
 
 def test_a_schedule_in_place_of_labels_is_explained():

@@ -120,6 +120,7 @@ ARGUMENTS = {
     "learning_rate": _SCHEDULE,
     "momentum": _SCHEDULE,
     "rho": (one_of(0, 0.0) | _SCHEDULE[0], _SCHEDULE[1]),
+    "optimism": (one_of(0, 0.0) | _SCHEDULE[0], _SCHEDULE[1]),
     "momentum_dtype": _DTYPE,
     "compute_dtype": _DTYPE,
     "weight_decay": (NUMBERS, NO_NUMBERS | SCHEDULES),
@@ -152,6 +153,7 @@ ARGUMENTS = {
     ),
     **dict.fromkeys(("per_leaf", "short_step", "unconstrained"), _FLAG),
     **dict.fromkeys(("normalized", "max", "zero_init", "constrained"), _FLAG),
+    "rms": (st.just(False), st.nothing()),  # True goes with some of the others only
 }
 
 

@@ -57,7 +57,9 @@ def sphere(matrix, axis=None):
     return np.divide(matrix, length, out=np.zeros_like(matrix), where=length != 0)
 
 
-def spectral_scale(o, i, k, normalized=True, max=False):
+def spectral_scale(o, i, k, normalized=True, max=False, rms=False):
+    if rms:
+        return np.sqrt(np.maximum(o, k * i))
     root = np.sqrt(o / i) if normalized else np.sqrt(o)
     return (np.maximum(1.0, root) if max else root) / k
 

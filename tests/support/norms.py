@@ -19,6 +19,7 @@ NORMS = {
     "Spectral": ("Spectral", {}),
     "Spectral, not normalized": ("Spectral", {"normalized": False}),
     "Spectral, max": ("Spectral", {"max": True}),
+    "Spectral, rms": ("Spectral", {"rms": True}),
     "SpectralConv": ("SpectralConv", {}),
     "Sign": ("Sign", {}),
     "Sign, not normalized": ("Sign", {"normalized": False}),
