@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from scion_jax import _sharding as sharding
 from scion_jax.distributed._stacks import Stacks
 
-Compute = Callable[[list[jax.Array]], list[jax.Array]]
+Compute = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
 def check_shard_over(shard_over: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -83,8 +84,8 @@ def over_devices(
     """Applies a function to every matrix, those of one shape together, each on one device.
 
     Args:
-        function: Maps `(batch, rows, columns)` to the same shape or to `(batch, 1, 1)`, each matrix
-            on its own.
+        function: Maps matrices in pieces, `(down, across, batch, rows, columns)`, to as many or to
+            numbers `(1, 1, batch, 1, 1)`, each matrix on its own.
         matrices: Arrays `(batch, rows, columns)`, none empty, of any shardings.
         shard_over: Names of the axes to spread over; see the module.
         origins: What each was made of, such as a leaf's shape: on Auto axes, where types do not say
@@ -97,10 +98,11 @@ def over_devices(
         ValueError: If a name belongs to no axis, neither a mapped one nor one of the current mesh.
     """
 
-    def compute(stacks: list[jax.Array]) -> list[jax.Array]:
-        # Again, since what was split in different ways, or along itself, is here in one piece.
-        here = Stacks(stacks, [(s.shape[1:], s.dtype, sharding.varying(s)) for s in stacks])
-        return here.split([function(stack) for stack in here.joined])
+    def compute(grids: Sequence[jax.Array]) -> list[jax.Array]:
+        # Again, since what was split in different ways, or along itself, may now be in one form.
+        kinds = [(x.shape[:2], x.shape[3:], x.dtype, sharding.varying(x)) for x in grids]
+        here = Stacks(grids, kinds, axis=2)
+        return here.split([function(grid) for grid in here.joined])
 
     if not matrices:
         return []
@@ -146,14 +148,10 @@ def _spread(
             f"axes: {mesh.axis_names}) nor a mapped one; call the optimizer under "
             "jax.set_mesh(mesh), or inside of shard_map or pmap over that axis"
         )
-    # Axes that matrices are split over come last, so that these move a share only.
-    specs = [part for stack in stacks for part in jax.typeof(stack).sharding.spec]
-    split_over = {name for part in specs for name in sharding.names_of(part)}
-    ordered = sorted(chosen, key=lambda name: name in split_over)
-    several = tuple(name for name in ordered if mesh.shape[name] > 1)
-    if not (several or any(_own_axes(stack) for stack in stacks)):
-        return [compute([sharding.replicate(stack)])[0] for stack in stacks]
-    return _over_mesh_axes(compute, stacks, several, mesh)
+    several = tuple(name for name in chosen if mesh.shape[name] > 1)
+    if set(several) <= set(mesh.explicit_axes):
+        return _over_explicit_axes(compute, stacks, several, mesh)
+    return _over_auto_axes(compute, stacks, several, mesh)
 
 
 def _is_mapped(name: str) -> bool:
@@ -164,96 +162,170 @@ def _is_mapped(name: str) -> bool:
     return True
 
 
-def _over_mesh_axes(
+class _Way(NamedTuple):
+    """The axes over which a stack is split, in the program that runs on every device.
+
+    Attributes:
+        own: Those that split it along itself: these matrices stay where they are.
+        shared: Those along which it is replicated: each device takes its share of the stack.
+        rows: Those that split rows: devices send each other pieces of matrices.
+        columns: Those that split columns.
+    """
+
+    own: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """How the stack is split."""
+        return PartitionSpec(*(names or None for names in (self.own, self.rows, self.columns)))
+
+
+def _over_explicit_axes(
     compute: Compute, stacks: list[jax.Array], names: tuple[str, ...], mesh: AbstractMesh
 ) -> list[jax.Array]:
-    """Tells the compiler where matrices are to be, and computes on each device what it has."""
-    explicit = set(names) <= set(mesh.explicit_axes)
-    place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
-
-    def moved(stack: jax.Array, specs: Sequence[PartitionSpec]) -> jax.Array:
-        for spec in specs:
-            stack = place(stack, NamedSharding(mesh, spec))
-        return stack
-
-    there, ways = [], []
-    for stack in stacks:
-        if stack.shape[0] == 1:
-            way = [PartitionSpec(None, None, None)]
-        else:
-            # What a stack is split over along itself stays, whatever is to be spread over.
-            axes = (*(name for name in _own_axes(stack) if name not in names), *names)
-            stack = _padded(stack, math.prod(mesh.shape[name] for name in axes))
-            way = _stages(stack, axes) if explicit else _free_stages(axes)
-        there.append(moved(stack, way))
-        ways.append(way)
-    specs = [way[-1] for way in ways]
-    computed = jax.shard_map(compute, mesh=mesh, in_specs=(specs,), out_specs=specs)(there)
-    results = []
-    for stack, result, way in zip(stacks, computed, ways, strict=True):
-        is_whole = result.shape[1:] == stack.shape[1:]
-        back = way[-2::-1] if is_whole else [PartitionSpec(None, None, None)]
-        results.append(moved(result, back)[: stack.shape[0]])
-    return results
+    """Moves matrices by what their types say."""
+    ways = [_way(stack, names) for stack in stacks]
+    if not any(any(way) for way in ways):
+        return _there_and_back(compute, [sharding.replicate(stack) for stack in stacks], ways)
+    placed = [
+        jax.sharding.reshard(stack, NamedSharding(mesh, way.spec))
+        for stack, way in zip(stacks, ways, strict=True)
+    ]
+    # Before they are on the devices, where joining has padded them already.
+    placed = [
+        stack if way.own else _padded(stack, math.prod(mesh.shape[name] for name in sum(way, ())))
+        for stack, way in zip(placed, ways, strict=True)
+    ]
+    specs = [way.spec for way in ways]
+    spread = jax.shard_map(
+        lambda stacks: _there_and_back(compute, stacks, ways),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=specs,
+    )
+    return [
+        # Of numbers each device has all.
+        result if result.shape == stack.shape else sharding.replicate(result)[:, :1, :1]
+        for result, stack in zip(spread(placed), placed, strict=True)
+    ]
 
 
-def _own_axes(stack: jax.Array) -> tuple[str, ...]:
-    return sharding.names_of(jax.typeof(stack).sharding.spec[0])
-
-
-def _stages(stack: jax.Array, names: tuple[str, ...]) -> list[PartitionSpec]:
-    """Lists the shardings on the way, from where the stack is to where its matrices are whole.
-
-    One axis moves at a time: that is one all-to-all each. All axes at once would be gathered.
-    """
-    spec = tuple(jax.typeof(stack).sharding.spec)
-    stages = [PartitionSpec(*spec)]
-    for count in range(1, len(names) + 1):
-        there = names[:count]
-        parts = [sharding.names_of(part) for part in spec[1:]]
-        rest = [tuple(name for name in part if name not in there) for part in parts]
-        stages.append(PartitionSpec(there, *(part or None for part in rest)))
-    return [*stages, PartitionSpec(names or None, None, None)]
-
-
-def _free_stages(names: tuple[str, ...]) -> list[PartitionSpec]:
-    """Lists them where types do not say how the stack is split: the compiler knows the rest."""
-    free = (PartitionSpec.UNCONSTRAINED,) * 2
-    partial = [PartitionSpec(names[:count] or None, *free) for count in range(len(names))]
-    return [*partial, PartitionSpec(names, None, None)]
+def _way(stack: jax.Array, names: tuple[str, ...]) -> _Way:
+    if stack.shape[0] == 1:
+        return _Way()
+    own, *sides = [sharding.names_of(part) for part in jax.typeof(stack).sharding.spec]
+    # What a stack is split over along itself stays, whatever is to be spread over.
+    rows, columns = [tuple(name for name in side if name in names) for side in sides]
+    shared = tuple(name for name in names if name not in (*own, *rows, *columns))
+    return _Way(own, shared, rows, columns)
 
 
 def _over_mapped_axes(
     compute: Compute, stacks: list[jax.Array], names: tuple[str, ...]
 ) -> list[jax.Array]:
-    """Takes each device's share, computes, and gathers: the program that runs on every device."""
-    devices = math.prod(jax.lax.axis_size(name) for name in names)
-    position = jax.lax.axis_index(names)
-    # Under shard_map's checks the result is the same on all devices by type, too.
-    shared_by_type = bool(sharding.varying(position))
-
-    def is_spread(stack: jax.Array) -> bool:
-        return stack.shape[0] > 1 and sharding.varying(stack).isdisjoint(names)
-
-    def share(stack: jax.Array) -> jax.Array:
-        padded = _padded(stack, devices)
-        size = padded.shape[0] // devices
-        return jax.lax.dynamic_slice_in_dim(padded, position * size, size)
-
-    computed = compute([share(s) if is_spread(s) else sharding.replicate(s) for s in stacks])
-    return [
-        sharding.gather_mapped(own, names, shared_by_type)[: stack.shape[0]]
-        if is_spread(stack)
-        else own
-        for stack, own in zip(stacks, computed, strict=True)
+    """Shares matrices out among devices that all have them."""
+    ways = [
+        _Way(shared=names)
+        if stack.shape[0] > 1 and sharding.varying(stack).isdisjoint(names)
+        else _Way()
+        for stack in stacks
     ]
+    return _there_and_back(compute, [sharding.replicate(stack) for stack in stacks], ways)
+
+
+def _there_and_back(
+    compute: Compute, stacks: Sequence[jax.Array], ways: Sequence[_Way]
+) -> list[jax.Array]:
+    """Moves, computes, and moves back: what every device does."""
+    there = [_there(stack, way) for stack, way in zip(stacks, ways, strict=True)]
+    results = zip(compute(there), there, stacks, ways, strict=True)
+    return [
+        _back(grid, way)[: stack.shape[0]] if grid.shape == sent.shape else _numbers(grid, way)[: stack.shape[0]]
+        for grid, sent, stack, way in results
+    ]
+
+
+def _there(stack: jax.Array, way: _Way) -> jax.Array:
+    """Takes this device's share of a stack, and the others' pieces of these matrices."""
+    shares, down, across = map(_size, (way.shared, way.rows, way.columns))
+    stack = _padded(stack, shares * down * across)
+    batch, rows, columns = stack.shape
+    if way.shared:
+        start = jax.lax.axis_index(way.shared) * (batch // shares)
+        stack = jax.lax.dynamic_slice_in_dim(stack, start, batch // shares)
+    pieces = _exchanged(stack.reshape(down * across, -1, rows, columns), way)
+    return pieces.reshape(down, across, -1, rows, columns)
+
+
+def _back(grid: jax.Array, way: _Way) -> jax.Array:
+    """Returns the pieces to whom they belong."""
+    down, across, _, rows, columns = grid.shape
+    pieces = _exchanged(grid.reshape(down * across, -1, rows, columns), way)
+    return _gathered(pieces.reshape(-1, rows, columns), way.shared)
+
+
+def _numbers(grid: jax.Array, way: _Way) -> jax.Array:
+    """Gives numbers to all."""
+    return _gathered(grid[0, 0], way.shared + way.rows + way.columns)
+
+
+def _gathered(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    if not names:
+        return array
+    # Under shard_map's checks the result is the same on all devices by type, too.
+    by_type = bool(sharding.varying(jax.lax.axis_index(names)))
+    return sharding.gather_mapped(array, names, by_type)
+
+
+def _size(names: tuple[str, ...]) -> int:
+    return math.prod(jax.lax.axis_size(name) for name in names)
+
+
+def _exchanged(pieces: jax.Array, way: _Way) -> jax.Array:
+    """Sends piece i to device i, in place of which its piece comes."""
+    names = way.rows + way.columns
+    return jax.lax.all_to_all(pieces, names, 0, 0, tiled=True) if names else pieces
+
+
+def _over_auto_axes(
+    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...], mesh: AbstractMesh
+) -> list[jax.Array]:
+    """Tells the compiler, which knows how matrices are split, where they are to be."""
+
+    def moved(stack: jax.Array, specs: Sequence[PartitionSpec]) -> jax.Array:
+        for spec in specs:
+            stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, spec))
+        return stack
+
+    def on_device(stacks: list[jax.Array]) -> list[jax.Array]:
+        return [result[0, 0] for result in compute([stack[None, None] for stack in stacks])]
+
+    devices = math.prod(mesh.shape[name] for name in names)
+    free = (PartitionSpec.UNCONSTRAINED,) * 2
+    # One axis moves at a time; all at once would be gathered.
+    stages = [PartitionSpec(names[:count] or free[0], *free) for count in range(len(names))]
+    ways, there = [], []
+    for stack in stacks:
+        spread = stack.shape[0] > 1 and devices > 1
+        ways.append([*stages, PartitionSpec(names, None, None)] if spread else [PartitionSpec()])
+        there.append(moved(_padded(stack, devices) if spread else stack, ways[-1]))
+    specs = [way[-1] for way in ways]
+    computed = jax.shard_map(on_device, mesh=mesh, in_specs=(specs,), out_specs=specs)(there)
+    results = []
+    for stack, result, way in zip(stacks, computed, ways, strict=True):
+        is_whole = result.shape[1:] == stack.shape[1:]
+        back = way[-2::-1] if is_whole else [PartitionSpec(None, None, None)]
+        results.append(moved(result, back))
+    return results
 
 
 def _padded(stack: jax.Array, multiple: int) -> jax.Array:
     missing = -stack.shape[0] % multiple
     if not missing:
         return stack
-    if jax.typeof(stack).sharding.spec[0] is not None:
-        stack = sharding.replicate(stack)
+    # Which is joined with what made the stack; padding would be another copy.
     zeros = jnp.zeros_like(jax.lax.slice_in_dim(stack, 0, 1))
     return jnp.concatenate([stack, *[zeros] * missing])
