@@ -112,6 +112,7 @@ CASES: dict[str, Case] = {
         apart={"output": _BACK, "contract": _BACK},
         kind="Auto",
     ),
+    "data-auto": Case(blocks(12, 768), "v5e:2x4", {"data": 2, "fsdp": 4}, kind="Auto"),
     "experts-2x4": _experts(2, 4, "Explicit"),
     "experts-4x2": _experts(4, 2, "Explicit"),
     "experts-2x4-auto": _experts(2, 4, "Auto"),

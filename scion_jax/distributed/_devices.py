@@ -37,16 +37,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from scion_jax import _sharding as sharding
 from scion_jax.distributed._stacks import Stacks
-
-Compute = Callable[[Sequence[jax.Array]], list[jax.Array]]
+from scion_jax.distributed._ways import Compute, Way, padded, there_and_back
 
 
 def check_shard_over(shard_over: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -80,19 +77,22 @@ def over_devices(
     matrices: Sequence[jax.Array],
     shard_over: tuple[str, ...] | None = None,
     origins: Sequence[Hashable] | None = None,
+    numbers: bool = False,
 ) -> list[jax.Array]:
     """Applies a function to every matrix, those of one shape together, each on one device.
 
     Args:
-        function: Maps matrices in pieces, `(down, across, batch, rows, columns)`, to as many or to
-            numbers `(1, 1, batch, 1, 1)`, each matrix on its own.
+        function: Maps matrices in pieces, `(down, across, batch, rows, columns)`, to as many, each
+            on its own.
         matrices: Arrays `(batch, rows, columns)`, none empty, of any shardings.
         shard_over: Names of the axes to spread over; see the module.
         origins: What each was made of, such as a leaf's shape: on Auto axes, where types do not say
             how it is split, only those of one origin are joined.
+        numbers: Whether the function maps each matrix to a number instead, `(1, 1, batch, 1, 1)`.
 
     Returns:
-        The results, in the order of `matrices` and split as they are; numbers are on all devices.
+        The results, in the order of `matrices` and split as they are; numbers `(batch, 1, 1)` are
+        on all devices.
 
     Raises:
         ValueError: If a name belongs to no axis, neither a mapped one nor one of the current mesh.
@@ -115,7 +115,7 @@ def over_devices(
     for index, stack in enumerate(stacks.joined):
         by_mesh.setdefault(_mesh_of(stack), []).append(index)
     for mesh, members in by_mesh.items():
-        spread = _spread(compute, [stacks.joined[i] for i in members], shard_over, mesh)
+        spread = _spread(compute, [stacks.joined[i] for i in members], shard_over, mesh, numbers)
         for index, result in zip(members, spread, strict=True):
             results[index] = result
     return stacks.split(results)
@@ -135,10 +135,14 @@ def _kind(index: int, stack: jax.Array) -> tuple[object, ...]:
 
 
 def _spread(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...] | None, mesh: AbstractMesh
+    compute: Compute,
+    stacks: list[jax.Array],
+    names: tuple[str, ...] | None,
+    mesh: AbstractMesh,
+    numbers: bool,
 ) -> list[jax.Array]:
     if names and all(map(_is_mapped, names)):
-        return _over_mapped_axes(compute, stacks, names)
+        return _over_mapped_axes(compute, stacks, names, numbers)
     default = mesh.explicit_axes or (() if mesh.manual_axes else mesh.auto_axes)
     chosen = default if names is None else names
     unknown = [name for name in chosen if name not in mesh.axis_names]
@@ -149,9 +153,8 @@ def _spread(
             "jax.set_mesh(mesh), or inside of shard_map or pmap over that axis"
         )
     several = tuple(name for name in chosen if mesh.shape[name] > 1)
-    if set(several) <= set(mesh.explicit_axes):
-        return _over_explicit_axes(compute, stacks, several, mesh)
-    return _over_auto_axes(compute, stacks, several, mesh)
+    over_axes = _over_auto_axes if set(several) - set(mesh.explicit_axes) else _over_explicit_axes
+    return over_axes(compute, stacks, several, mesh, numbers)
 
 
 def _is_mapped(name: str) -> bool:
@@ -162,136 +165,57 @@ def _is_mapped(name: str) -> bool:
     return True
 
 
-class _Way(NamedTuple):
-    """The axes over which a stack is split, in the program that runs on every device.
-
-    Attributes:
-        own: Those that split it along itself: these matrices stay where they are.
-        shared: Those along which it is replicated: each device takes its share of the stack.
-        rows: Those that split rows: devices send each other pieces of matrices.
-        columns: Those that split columns.
-    """
-
-    own: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-
-    @property
-    def spec(self) -> PartitionSpec:
-        """How the stack is split."""
-        return PartitionSpec(*(names or None for names in (self.own, self.rows, self.columns)))
+def _over_mapped_axes(
+    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...], numbers: bool
+) -> list[jax.Array]:
+    """Shares out what all devices have."""
+    ways = [
+        Way(shared=names if sharding.varying(stack).isdisjoint(names) else ())
+        if stack.shape[0] > 1
+        else Way()
+        for stack in stacks
+    ]
+    return there_and_back(compute, [sharding.replicate(stack) for stack in stacks], ways, numbers)
 
 
 def _over_explicit_axes(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...], mesh: AbstractMesh
+    compute: Compute,
+    stacks: list[jax.Array],
+    names: tuple[str, ...],
+    mesh: AbstractMesh,
+    numbers: bool,
 ) -> list[jax.Array]:
     """Moves matrices by what their types say."""
     ways = [_way(stack, names) for stack in stacks]
     if not any(any(way) for way in ways):
-        return _there_and_back(compute, [sharding.replicate(stack) for stack in stacks], ways)
-    placed = [
-        jax.sharding.reshard(stack, NamedSharding(mesh, way.spec))
-        for stack, way in zip(stacks, ways, strict=True)
-    ]
-    # Before they are on the devices, where joining has padded them already.
-    placed = [
-        stack if way.own else _padded(stack, math.prod(mesh.shape[name] for name in sum(way, ())))
-        for stack, way in zip(placed, ways, strict=True)
-    ]
-    specs = [way.spec for way in ways]
-    spread = jax.shard_map(
-        lambda stacks: _there_and_back(compute, stacks, ways),
-        mesh=mesh,
-        in_specs=(specs,),
-        out_specs=specs,
-    )
-    return [
-        # Of numbers each device has all.
-        result if result.shape == stack.shape else sharding.replicate(result)[:, :1, :1]
-        for result, stack in zip(spread(placed), placed, strict=True)
-    ]
+        # Each alone: on an Auto mesh they may be split in different ways.
+        whole = [[sharding.replicate(stack)] for stack in stacks]
+        return [there_and_back(compute, one, [Way()], numbers)[0] for one in whole]
+    there = []
+    for stack, way in zip(stacks, ways, strict=True):
+        stack = jax.sharding.reshard(stack, NamedSharding(mesh, way.spec))
+        devices = math.prod(mesh.shape[name] for name in sum(way, ()))
+        there.append(stack if way.own else padded(stack, devices))
+    results = _on_mesh(compute, there, ways, mesh, numbers)
+    return list(map(sharding.replicate, results)) if numbers else results
 
 
-def _way(stack: jax.Array, names: tuple[str, ...]) -> _Way:
+def _way(stack: jax.Array, names: tuple[str, ...]) -> Way:
     if stack.shape[0] == 1:
-        return _Way()
+        return Way()
     own, *sides = [sharding.names_of(part) for part in jax.typeof(stack).sharding.spec]
     # What a stack is split over along itself stays, whatever is to be spread over.
-    rows, columns = [tuple(name for name in side if name in names) for side in sides]
+    rows, columns = (tuple(name for name in side if name in names) for side in sides)
     shared = tuple(name for name in names if name not in (*own, *rows, *columns))
-    return _Way(own, shared, rows, columns)
-
-
-def _over_mapped_axes(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...]
-) -> list[jax.Array]:
-    """Shares matrices out among devices that all have them."""
-    ways = [
-        _Way(shared=names)
-        if stack.shape[0] > 1 and sharding.varying(stack).isdisjoint(names)
-        else _Way()
-        for stack in stacks
-    ]
-    return _there_and_back(compute, [sharding.replicate(stack) for stack in stacks], ways)
-
-
-def _there_and_back(
-    compute: Compute, stacks: Sequence[jax.Array], ways: Sequence[_Way]
-) -> list[jax.Array]:
-    """Moves, computes, and moves back: what every device does."""
-    there = [_there(stack, way) for stack, way in zip(stacks, ways, strict=True)]
-    results = zip(compute(there), there, stacks, ways, strict=True)
-    return [
-        _back(grid, way)[: stack.shape[0]] if grid.shape == sent.shape else _numbers(grid, way)[: stack.shape[0]]
-        for grid, sent, stack, way in results
-    ]
-
-
-def _there(stack: jax.Array, way: _Way) -> jax.Array:
-    """Takes this device's share of a stack, and the others' pieces of these matrices."""
-    shares, down, across = map(_size, (way.shared, way.rows, way.columns))
-    stack = _padded(stack, shares * down * across)
-    batch, rows, columns = stack.shape
-    if way.shared:
-        start = jax.lax.axis_index(way.shared) * (batch // shares)
-        stack = jax.lax.dynamic_slice_in_dim(stack, start, batch // shares)
-    pieces = _exchanged(stack.reshape(down * across, -1, rows, columns), way)
-    return pieces.reshape(down, across, -1, rows, columns)
-
-
-def _back(grid: jax.Array, way: _Way) -> jax.Array:
-    """Returns the pieces to whom they belong."""
-    down, across, _, rows, columns = grid.shape
-    pieces = _exchanged(grid.reshape(down * across, -1, rows, columns), way)
-    return _gathered(pieces.reshape(-1, rows, columns), way.shared)
-
-
-def _numbers(grid: jax.Array, way: _Way) -> jax.Array:
-    """Gives numbers to all."""
-    return _gathered(grid[0, 0], way.shared + way.rows + way.columns)
-
-
-def _gathered(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    if not names:
-        return array
-    # Under shard_map's checks the result is the same on all devices by type, too.
-    by_type = bool(sharding.varying(jax.lax.axis_index(names)))
-    return sharding.gather_mapped(array, names, by_type)
-
-
-def _size(names: tuple[str, ...]) -> int:
-    return math.prod(jax.lax.axis_size(name) for name in names)
-
-
-def _exchanged(pieces: jax.Array, way: _Way) -> jax.Array:
-    """Sends piece i to device i, in place of which its piece comes."""
-    names = way.rows + way.columns
-    return jax.lax.all_to_all(pieces, names, 0, 0, tiled=True) if names else pieces
+    return Way(own, shared, rows, columns)
 
 
 def _over_auto_axes(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...], mesh: AbstractMesh
+    compute: Compute,
+    stacks: list[jax.Array],
+    names: tuple[str, ...],
+    mesh: AbstractMesh,
+    numbers: bool,
 ) -> list[jax.Array]:
     """Tells the compiler, which knows how matrices are split, where they are to be."""
 
@@ -300,32 +224,29 @@ def _over_auto_axes(
             stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, spec))
         return stack
 
-    def on_device(stacks: list[jax.Array]) -> list[jax.Array]:
-        return [result[0, 0] for result in compute([stack[None, None] for stack in stacks])]
-
     devices = math.prod(mesh.shape[name] for name in names)
-    free = (PartitionSpec.UNCONSTRAINED,) * 2
+    ways = [Way(own=names if stack.shape[0] > 1 else ()) for stack in stacks]
     # One axis moves at a time; all at once would be gathered.
-    stages = [PartitionSpec(names[:count] or free[0], *free) for count in range(len(names))]
-    ways, there = [], []
-    for stack in stacks:
-        spread = stack.shape[0] > 1 and devices > 1
-        ways.append([*stages, PartitionSpec(names, None, None)] if spread else [PartitionSpec()])
-        there.append(moved(_padded(stack, devices) if spread else stack, ways[-1]))
-    specs = [way[-1] for way in ways]
-    computed = jax.shard_map(on_device, mesh=mesh, in_specs=(specs,), out_specs=specs)(there)
-    results = []
-    for stack, result, way in zip(stacks, computed, ways, strict=True):
-        is_whole = result.shape[1:] == stack.shape[1:]
-        back = way[-2::-1] if is_whole else [PartitionSpec(None, None, None)]
-        results.append(moved(result, back))
-    return results
+    free = (PartitionSpec.UNCONSTRAINED,) * 2
+    stages = [PartitionSpec(names[:count] or None, *free) for count in range(len(names))]
+    there = [
+        moved(padded(stack, devices), [*stages, way.spec]) if way.own else moved(stack, [way.spec])
+        for stack, way in zip(stacks, ways, strict=True)
+    ]
+    results = _on_mesh(compute, there, ways, mesh, numbers)
+    back = [PartitionSpec(None, None, None)] if numbers else stages[::-1]
+    return [
+        moved(result, back) if way.own else result
+        for result, way in zip(results, ways, strict=True)
+    ]
 
 
-def _padded(stack: jax.Array, multiple: int) -> jax.Array:
-    missing = -stack.shape[0] % multiple
-    if not missing:
-        return stack
-    # Which is joined with what made the stack; padding would be another copy.
-    zeros = jnp.zeros_like(jax.lax.slice_in_dim(stack, 0, 1))
-    return jnp.concatenate([stack, *[zeros] * missing])
+def _on_mesh(
+    compute: Compute, stacks: list[jax.Array], ways: list[Way], mesh: AbstractMesh, numbers: bool
+) -> list[jax.Array]:
+    return jax.shard_map(
+        lambda stacks: there_and_back(compute, stacks, ways, numbers),
+        mesh=mesh,
+        in_specs=([way.spec for way in ways],),
+        out_specs=[Way(way.own).spec if numbers else way.spec for way in ways],
+    )(stacks)

@@ -102,7 +102,7 @@ def gauge_bounds(
     spectral = [index for members in groups.values() for index in members]
     matrices = [blocks[i].axes.to_matrices(sizes[i]) for i in spectral]
     origins = [blocks[i].axes for i in spectral]
-    bounds = over_devices(spectral_norm_bound, matrices, shard_over, origins)
+    bounds = over_devices(spectral_norm_bound, matrices, shard_over, origins, numbers=True)
     for index, bound in zip(spectral, bounds, strict=True):
         sizes[index] = blocks[index].norm.from_spectral_norm(bound, blocks[index].axes)
     for index in closed_form:

@@ -105,7 +105,9 @@ class Products:
         )
 
 
-_FEW = 32  # rows; with 16 pairs of steps in bfloat16 are as feasible as single ones
+# Rows between which pairs of steps in bfloat16 pay. Fewer do not average its rounding out, which
+# lifts singular values to 1.2; of more, Gram matrices in float32 do not stay in a TPU's memory.
+_FEWEST, _MOST = 32, 4095
 
 
 class _Shifted(NamedTuple):
@@ -156,7 +158,7 @@ def newton_schulz(
     info = jnp.finfo(size.dtype)
     power = jax.lax.reduce_precision(jnp.minimum(size, 2.0 ** (info.maxexp - 2)), info.nexp, 0)
     scale = jnp.where(power == 0, 0, 1 / numerics.nonzero(power))  # zero stays zero, for `grad` too
-    x = along_longer_side((numerics.at_least_float32(grid) * scale).astype(products.dtype))
+    x = along_longer_side((grid * scale.astype(grid.dtype)).astype(products.dtype))
     pieces, _, *sides = x.shape
     n, m = sides[::-1] if products.tall else sides
     first, *rest = groups(n, pieces * m, len(steps), products.dtype)
@@ -251,6 +253,6 @@ def groups(rows: int, columns: int, steps: int, dtype: jnp.dtype) -> list[int]:
     if 2 * columns <= 3 * rows:
         return [1] * steps
     if _rounds(dtype):
-        # Few rows do not average its rounding out, which lifts singular values to 1.2.
-        return [2, *[1] * (steps - 2)] if steps > 1 and rows >= _FEW else [1] * steps
+        pays = steps > 1 and _FEWEST <= rows <= _MOST
+        return [2, *[1] * (steps - 2)] if pays else [1] * steps
     return [min(4, steps - start) for start in range(0, steps, 4)]
