@@ -39,13 +39,11 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from scion_jax import _sharding as sharding
 from scion_jax.distributed._stacks import Stacks
-
-Compute = Callable[[list[jax.Array]], list[jax.Array]]
+from scion_jax.distributed._ways import Compute, Way, padded, there_and_back
 
 
 def check_shard_over(shard_over: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -79,28 +77,32 @@ def over_devices(
     matrices: Sequence[jax.Array],
     shard_over: tuple[str, ...] | None = None,
     origins: Sequence[Hashable] | None = None,
+    numbers: bool = False,
 ) -> list[jax.Array]:
     """Applies a function to every matrix, those of one shape together, each on one device.
 
     Args:
-        function: Maps `(batch, rows, columns)` to the same shape or to `(batch, 1, 1)`, each matrix
+        function: Maps matrices in pieces, `(down, across, batch, rows, columns)`, to as many, each
             on its own.
         matrices: Arrays `(batch, rows, columns)`, none empty, of any shardings.
         shard_over: Names of the axes to spread over; see the module.
         origins: What each was made of, such as a leaf's shape: on Auto axes, where types do not say
             how it is split, only those of one origin are joined.
+        numbers: Whether the function maps each matrix to a number instead, `(1, 1, batch, 1, 1)`.
 
     Returns:
-        The results, in the order of `matrices` and split as they are; numbers are on all devices.
+        The results, in the order of `matrices` and split as they are; numbers `(batch, 1, 1)` are
+        on all devices.
 
     Raises:
         ValueError: If a name belongs to no axis, neither a mapped one nor one of the current mesh.
     """
 
-    def compute(stacks: list[jax.Array]) -> list[jax.Array]:
-        # Again, since what was split in different ways, or along itself, is here in one piece.
-        here = Stacks(stacks, [(s.shape[1:], s.dtype, sharding.varying(s)) for s in stacks])
-        return here.split([function(stack) for stack in here.joined])
+    def compute(grids: Sequence[jax.Array]) -> list[jax.Array]:
+        # Again, since what was split in different ways, or along itself, may now be in one form.
+        kinds = [(x.shape[:2], x.shape[3:], x.dtype, sharding.varying(x)) for x in grids]
+        here = Stacks(grids, kinds, axis=2)
+        return here.split([function(grid) for grid in here.joined])
 
     if not matrices:
         return []
@@ -113,7 +115,7 @@ def over_devices(
     for index, stack in enumerate(stacks.joined):
         by_mesh.setdefault(_mesh_of(stack), []).append(index)
     for mesh, members in by_mesh.items():
-        spread = _spread(compute, [stacks.joined[i] for i in members], shard_over, mesh)
+        spread = _spread(compute, [stacks.joined[i] for i in members], shard_over, mesh, numbers)
         for index, result in zip(members, spread, strict=True):
             results[index] = result
     return stacks.split(results)
@@ -133,10 +135,14 @@ def _kind(index: int, stack: jax.Array) -> tuple[object, ...]:
 
 
 def _spread(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...] | None, mesh: AbstractMesh
+    compute: Compute,
+    stacks: list[jax.Array],
+    names: tuple[str, ...] | None,
+    mesh: AbstractMesh,
+    numbers: bool,
 ) -> list[jax.Array]:
     if names and all(map(_is_mapped, names)):
-        return _over_mapped_axes(compute, stacks, names)
+        return _over_mapped_axes(compute, stacks, names, numbers)
     default = mesh.explicit_axes or (() if mesh.manual_axes else mesh.auto_axes)
     chosen = default if names is None else names
     unknown = [name for name in chosen if name not in mesh.axis_names]
@@ -146,14 +152,9 @@ def _spread(
             f"axes: {mesh.axis_names}) nor a mapped one; call the optimizer under "
             "jax.set_mesh(mesh), or inside of shard_map or pmap over that axis"
         )
-    # Axes that matrices are split over come last, so that these move a share only.
-    specs = [part for stack in stacks for part in jax.typeof(stack).sharding.spec]
-    split_over = {name for part in specs for name in sharding.names_of(part)}
-    ordered = sorted(chosen, key=lambda name: name in split_over)
-    several = tuple(name for name in ordered if mesh.shape[name] > 1)
-    if not (several or any(_own_axes(stack) for stack in stacks)):
-        return [compute([sharding.replicate(stack)])[0] for stack in stacks]
-    return _over_mesh_axes(compute, stacks, several, mesh)
+    several = tuple(name for name in chosen if mesh.shape[name] > 1)
+    over_axes = _over_auto_axes if set(several) - set(mesh.explicit_axes) else _over_explicit_axes
+    return over_axes(compute, stacks, several, mesh, numbers)
 
 
 def _is_mapped(name: str) -> bool:
@@ -164,96 +165,88 @@ def _is_mapped(name: str) -> bool:
     return True
 
 
-def _over_mesh_axes(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...], mesh: AbstractMesh
+def _over_mapped_axes(
+    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...], numbers: bool
 ) -> list[jax.Array]:
-    """Tells the compiler where matrices are to be, and computes on each device what it has."""
-    explicit = set(names) <= set(mesh.explicit_axes)
-    place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+    """Shares out what all devices have."""
+    ways = [
+        Way(shared=names if sharding.varying(stack).isdisjoint(names) else ())
+        if stack.shape[0] > 1
+        else Way()
+        for stack in stacks
+    ]
+    return there_and_back(compute, [sharding.replicate(stack) for stack in stacks], ways, numbers)
+
+
+def _over_explicit_axes(
+    compute: Compute,
+    stacks: list[jax.Array],
+    names: tuple[str, ...],
+    mesh: AbstractMesh,
+    numbers: bool,
+) -> list[jax.Array]:
+    """Moves matrices by what their types say."""
+    ways = [_way(stack, names) for stack in stacks]
+    if not any(any(way) for way in ways):
+        # Each alone: on an Auto mesh they may be split in different ways.
+        whole = [[sharding.replicate(stack)] for stack in stacks]
+        return [there_and_back(compute, one, [Way()], numbers)[0] for one in whole]
+    there = []
+    for stack, way in zip(stacks, ways, strict=True):
+        stack = jax.sharding.reshard(stack, NamedSharding(mesh, way.spec))
+        devices = math.prod(mesh.shape[name] for name in sum(way, ()))
+        there.append(stack if way.own else padded(stack, devices))
+    results = _on_mesh(compute, there, ways, mesh, numbers)
+    return list(map(sharding.replicate, results)) if numbers else results
+
+
+def _way(stack: jax.Array, names: tuple[str, ...]) -> Way:
+    if stack.shape[0] == 1:
+        return Way()
+    own, *sides = [sharding.names_of(part) for part in jax.typeof(stack).sharding.spec]
+    # What a stack is split over along itself stays, whatever is to be spread over.
+    rows, columns = (tuple(name for name in side if name in names) for side in sides)
+    shared = tuple(name for name in names if name not in (*own, *rows, *columns))
+    return Way(own, shared, rows, columns)
+
+
+def _over_auto_axes(
+    compute: Compute,
+    stacks: list[jax.Array],
+    names: tuple[str, ...],
+    mesh: AbstractMesh,
+    numbers: bool,
+) -> list[jax.Array]:
+    """Tells the compiler, which knows how matrices are split, where they are to be."""
 
     def moved(stack: jax.Array, specs: Sequence[PartitionSpec]) -> jax.Array:
         for spec in specs:
-            stack = place(stack, NamedSharding(mesh, spec))
+            stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, spec))
         return stack
 
-    there, ways = [], []
-    for stack in stacks:
-        if stack.shape[0] == 1:
-            way = [PartitionSpec(None, None, None)]
-        else:
-            # What a stack is split over along itself stays, whatever is to be spread over.
-            axes = (*(name for name in _own_axes(stack) if name not in names), *names)
-            stack = _padded(stack, math.prod(mesh.shape[name] for name in axes))
-            way = _stages(stack, axes) if explicit else _free_stages(axes)
-        there.append(moved(stack, way))
-        ways.append(way)
-    specs = [way[-1] for way in ways]
-    computed = jax.shard_map(compute, mesh=mesh, in_specs=(specs,), out_specs=specs)(there)
-    results = []
-    for stack, result, way in zip(stacks, computed, ways, strict=True):
-        is_whole = result.shape[1:] == stack.shape[1:]
-        back = way[-2::-1] if is_whole else [PartitionSpec(None, None, None)]
-        results.append(moved(result, back)[: stack.shape[0]])
-    return results
-
-
-def _own_axes(stack: jax.Array) -> tuple[str, ...]:
-    return sharding.names_of(jax.typeof(stack).sharding.spec[0])
-
-
-def _stages(stack: jax.Array, names: tuple[str, ...]) -> list[PartitionSpec]:
-    """Lists the shardings on the way, from where the stack is to where its matrices are whole.
-
-    One axis moves at a time: that is one all-to-all each. All axes at once would be gathered.
-    """
-    spec = tuple(jax.typeof(stack).sharding.spec)
-    stages = [PartitionSpec(*spec)]
-    for count in range(1, len(names) + 1):
-        there = names[:count]
-        parts = [sharding.names_of(part) for part in spec[1:]]
-        rest = [tuple(name for name in part if name not in there) for part in parts]
-        stages.append(PartitionSpec(there, *(part or None for part in rest)))
-    return [*stages, PartitionSpec(names or None, None, None)]
-
-
-def _free_stages(names: tuple[str, ...]) -> list[PartitionSpec]:
-    """Lists them where types do not say how the stack is split: the compiler knows the rest."""
+    devices = math.prod(mesh.shape[name] for name in names)
+    ways = [Way(own=names if stack.shape[0] > 1 else ()) for stack in stacks]
+    # One axis moves at a time; all at once would be gathered.
     free = (PartitionSpec.UNCONSTRAINED,) * 2
-    partial = [PartitionSpec(names[:count] or None, *free) for count in range(len(names))]
-    return [*partial, PartitionSpec(names, None, None)]
-
-
-def _over_mapped_axes(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...]
-) -> list[jax.Array]:
-    """Takes each device's share, computes, and gathers: the program that runs on every device."""
-    devices = math.prod(jax.lax.axis_size(name) for name in names)
-    position = jax.lax.axis_index(names)
-    # Under shard_map's checks the result is the same on all devices by type, too.
-    shared_by_type = bool(sharding.varying(position))
-
-    def is_spread(stack: jax.Array) -> bool:
-        return stack.shape[0] > 1 and sharding.varying(stack).isdisjoint(names)
-
-    def share(stack: jax.Array) -> jax.Array:
-        padded = _padded(stack, devices)
-        size = padded.shape[0] // devices
-        return jax.lax.dynamic_slice_in_dim(padded, position * size, size)
-
-    computed = compute([share(s) if is_spread(s) else sharding.replicate(s) for s in stacks])
+    stages = [PartitionSpec(names[:count] or None, *free) for count in range(len(names))]
+    there = [
+        moved(padded(stack, devices), [*stages, way.spec]) if way.own else moved(stack, [way.spec])
+        for stack, way in zip(stacks, ways, strict=True)
+    ]
+    results = _on_mesh(compute, there, ways, mesh, numbers)
+    back = [PartitionSpec(None, None, None)] if numbers else stages[::-1]
     return [
-        sharding.gather_mapped(own, names, shared_by_type)[: stack.shape[0]]
-        if is_spread(stack)
-        else own
-        for stack, own in zip(stacks, computed, strict=True)
+        moved(result, back) if way.own else result
+        for result, way in zip(results, ways, strict=True)
     ]
 
 
-def _padded(stack: jax.Array, multiple: int) -> jax.Array:
-    missing = -stack.shape[0] % multiple
-    if not missing:
-        return stack
-    if jax.typeof(stack).sharding.spec[0] is not None:
-        stack = sharding.replicate(stack)
-    zeros = jnp.zeros_like(jax.lax.slice_in_dim(stack, 0, 1))
-    return jnp.concatenate([stack, *[zeros] * missing])
+def _on_mesh(
+    compute: Compute, stacks: list[jax.Array], ways: list[Way], mesh: AbstractMesh, numbers: bool
+) -> list[jax.Array]:
+    return jax.shard_map(
+        lambda stacks: there_and_back(compute, stacks, ways, numbers),
+        mesh=mesh,
+        in_specs=([way.spec for way in ways],),
+        out_specs=[Way(way.own).spec if numbers else way.spec for way in ways],
+    )(stacks)

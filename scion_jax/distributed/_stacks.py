@@ -15,47 +15,54 @@ from scion_jax._numerics import hidden
 
 
 class Stacks:
-    """Arrays joined along axis 0, one stack for each kind, and the way back.
+    """Arrays joined along their batch axis, one stack for each kind, and the way back.
 
     Attributes:
         groups: For each stack the positions of its members.
         joined: The stacks.
     """
 
-    def __init__(self, arrays: Sequence[jax.Array], kinds: Sequence[Hashable]) -> None:
+    def __init__(
+        self, arrays: Sequence[jax.Array], kinds: Sequence[Hashable], axis: int = 0
+    ) -> None:
         groups: dict[Hashable, list[int]] = {}
         for index, kind in enumerate(kinds):
             groups.setdefault(kind, []).append(index)
         self.groups = list(groups.values())
-        self.joined = [jnp.concatenate([arrays[i] for i in group]) for group in self.groups]
-        self._sizes = [array.shape[0] for array in arrays]
+        self.joined = [jnp.concatenate([arrays[i] for i in group], axis) for group in self.groups]
+        self._axis = axis
+        self._sizes = [array.shape[axis] for array in arrays]
 
     def split(self, stacks: Sequence[jax.Array]) -> list[jax.Array]:
         """Undoes the joining.
 
         Args:
-            stacks: What became of `joined`, with the same sizes along axis 0.
+            stacks: What became of `joined`, with the same sizes along the batch axis, or longer.
 
         Returns:
             One array for each member, in the order that the arrays were given in.
         """
         results: dict[int, jax.Array] = {}
         for group, stack in zip(self.groups, stacks, strict=True):
-            results.update(zip(group, _split(stack, [self._sizes[i] for i in group]), strict=True))
+            pieces = _split(stack, [self._sizes[i] for i in group], self._axis)
+            results.update(zip(group, pieces, strict=True))
         return [results[index] for index in range(len(results))]
 
 
-def _split(stack: jax.Array, sizes: Sequence[int]) -> Sequence[jax.Array]:
+def _split(stack: jax.Array, sizes: Sequence[int], axis: int) -> Sequence[jax.Array]:
+    rest = stack.shape[axis] - sum(sizes)
+    if rest:
+        return _split(stack, [*sizes, rest], axis)[:-1]
     if len(sizes) == 1:
         return [stack]
     return jax.lax.platform_dependent(
         stack,
-        cpu=lambda stack: _dynamic_slices(stack, sizes),
-        default=lambda stack: jax.lax.split(stack, sizes),
+        cpu=lambda stack: _dynamic_slices(stack, sizes, axis),
+        default=lambda stack: jax.lax.split(stack, sizes, axis),
     )
 
 
-def _dynamic_slices(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+def _dynamic_slices(stack: jax.Array, sizes: Sequence[int], axis: int) -> list[jax.Array]:
     """Cuts a stack into pieces, as XLA's backend for CPUs compiles it soonest.
 
     It makes one kernel for all pieces of one size if it does not know where they lie, and one for
@@ -63,6 +70,6 @@ def _dynamic_slices(stack: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """
     places = hidden([jnp.uint32(sum(sizes[:index])) for index in range(len(sizes))])
     return [
-        jax.lax.dynamic_slice_in_dim(stack, start, size)
+        jax.lax.dynamic_slice_in_dim(stack, start, size, axis)
         for start, size in zip(places, sizes, strict=True)
     ]

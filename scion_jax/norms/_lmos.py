@@ -69,7 +69,7 @@ def lmos(
             matrices = [axes.to_matrices(array) for _, axes, array in some]
             matrices = [m.astype(method.input_dtype(m.dtype)) for m in matrices]
             origins = [block.axes for block in some]
-            polars = over_devices(method.polar, matrices, shard_over, origins)
+            polars = over_devices(method.polar_of_pieces, matrices, shard_over, origins)
             results = [b.norm.from_polar(p, b.axes) for b, p in zip(some, polars, strict=True)]
         for index, result in zip(members, results, strict=True):
             units[index] = result
@@ -102,7 +102,7 @@ def gauge_bounds(
     spectral = [index for members in groups.values() for index in members]
     matrices = [blocks[i].axes.to_matrices(sizes[i]) for i in spectral]
     origins = [blocks[i].axes for i in spectral]
-    bounds = over_devices(spectral_norm_bound, matrices, shard_over, origins)
+    bounds = over_devices(spectral_norm_bound, matrices, shard_over, origins, numbers=True)
     for index, bound in zip(spectral, bounds, strict=True):
         sizes[index] = blocks[index].norm.from_spectral_norm(bound, blocks[index].axes)
     for index in closed_form:

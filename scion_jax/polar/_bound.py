@@ -19,27 +19,29 @@ import jax.numpy as jnp
 from scion_jax import _numerics as numerics
 from scion_jax.polar._cpu import by_platform
 from scion_jax.polar._newton_schulz import Products
+from scion_jax.polar._pieces import along_longer_side
 
 _SQUARINGS = 6
 
 
 @jax.jit
-def spectral_norm_bound(x: jax.Array) -> jax.Array:
+def spectral_norm_bound(grid: jax.Array) -> jax.Array:
     """Bounds the largest singular value of each matrix from above.
 
     Args:
-        x: Shape `(batch, rows, columns)`, not empty, float32 or float64.
+        grid: Shape `(down, across, batch, rows, columns)`, not empty, float32 or float64.
 
     Returns:
-        Shape `(batch, 1, 1)`: between `σ_max` and `n^(1/256) σ_max` for the smaller side `n`, up to
-        rounding. Zero for zero.
+        Shape `(1, 1, batch, 1, 1)`: between `σ_max` and `n^(1/256) σ_max` for the smaller side `n`,
+        up to rounding. Zero for zero.
     """
     # Products in the dtype of `x`: a bound that rounding makes low is none.
-    return by_platform(_bound, x, x.dtype, x.dtype)
+    return by_platform(_bound, grid, grid.dtype, grid.dtype)
 
 
-def _bound(x: jax.Array, products: Products) -> jax.Array:
-    bound = numerics.vector_norm(x, (1, 2))
+def _bound(grid: jax.Array, products: Products) -> jax.Array:
+    x = along_longer_side(grid)
+    bound = numerics.vector_norm(x, (0, 2, 3))
     # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range: that lies in
     # [1/√n, 1], so its square does, too. The powers of the divisors multiply up to the norm sought:
     # each counts half as much as the one before it.
@@ -50,4 +52,4 @@ def _bound(x: jax.Array, products: Products) -> jax.Array:
         if k < _SQUARINGS:
             gram = gram / numerics.nonzero(scale)
             gram = products.commuting(gram, gram)
-    return bound
+    return bound[None]

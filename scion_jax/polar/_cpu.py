@@ -19,13 +19,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from scion_jax._numerics import hidden
-from scion_jax.polar._newton_schulz import Products, is_tall
+from scion_jax._numerics import at_least_float32, hidden
+from scion_jax.polar._newton_schulz import Products
+from scion_jax.polar._pieces import cut, is_tall, joined
 
 _SMALLEST_BLOCK = 192  # rows; smaller blocks keep a core less busy
 _DESCRIPTION = Path("/proc/cpuinfo")
@@ -33,33 +33,34 @@ _DESCRIPTION = Path("/proc/cpuinfo")
 
 def by_platform(
     function: Callable[[jax.Array, Products], jax.Array],
-    matrices: jax.Array,
+    grid: jax.Array,
     dtype: jnp.dtype,
     cpu_dtype: jnp.dtype,
 ) -> jax.Array:
-    """Applies a function with the products that the platform is best at, in chunks.
+    """Applies a function with the products that the platform is best at.
 
     Args:
-        function: Maps `(batch, rows, columns)` to the same shape or to `(batch, 1, 1)`, each matrix
-            on its own; it treats `Xᵀ` as it does `X`.
-        matrices: The matrices.
+        function: Maps matrices `(down, across, batch, rows, columns)` to as many, or to numbers
+            `(1, 1, batch, 1, 1)`, each on its own; it treats `Xᵀ` as it does `X`.
+        grid: The matrices.
         dtype: Dtype of the factors of products.
         cpu_dtype: That on CPUs.
 
     Returns:
         The results.
     """
+    tall = is_tall(grid.shape)
 
-    def run(matrices: jax.Array, products: Products) -> jax.Array:
-        return in_chunks(lambda x: function(x, products), matrices, products.chunk_bytes)
-
-    def on_cpu(matrices: jax.Array) -> jax.Array:
-        products, tall = CpuProducts(cpu_dtype), is_tall(matrices)
-        result = run(products.prepare(matrices.mT if tall else matrices), products)
-        return result.mT if tall else result
+    def on_cpu(grid: jax.Array) -> jax.Array:
+        products, matrices = CpuProducts(cpu_dtype), joined(grid)
+        wide = products.prepare(matrices.mT if tall else matrices)
+        result = in_chunks(lambda x: function(x[None, None], products)[0, 0], wide)
+        if result.shape != wide.shape:
+            return result[None, None]
+        return cut(result.mT if tall else result, grid.shape)
 
     return jax.lax.platform_dependent(
-        matrices, cpu=on_cpu, default=lambda matrices: run(matrices, Products(dtype))
+        grid, cpu=on_cpu, default=lambda grid: function(grid, Products(dtype, tall))
     )
 
 
@@ -91,15 +92,21 @@ def default_dtype(dtype: jnp.dtype) -> jnp.dtype:
 class CpuProducts(Products):
     """Products of wide matrices as XLA's backend for CPUs computes them best."""
 
-    chunk_bytes: ClassVar[int] = 2**21
-
     def prepare(self, x: jax.Array) -> jax.Array:
         """Hides from the compiler that a matrix may be a transpose, which it would fold."""
         return hidden(x) if self.dtype == jnp.bfloat16 else x
 
     def gram(self, x: jax.Array) -> jax.Array:
-        """Computes `x xᵀ`."""
-        return self._symmetric(x, x)
+        """Computes `X Xᵀ` of one piece."""
+        return self._symmetric(x[0], x[0])
+
+    def beside(self, factor: jax.Array, x: jax.Array) -> jax.Array:
+        """Computes `factor X` of one piece."""
+        return self.times(factor, x[0])[None]
+
+    def magnitude(self, grid: jax.Array) -> jax.Array:
+        """Finds the largest entry of every matrix, which is as good."""
+        return at_least_float32(jnp.max(jnp.abs(grid), axis=(0, 1, 3, 4)))[:, None, None]
 
     def commuting(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Computes `x y` for symmetric matrices that commute."""
@@ -129,7 +136,7 @@ class CpuProducts(Products):
 
 
 def in_chunks(
-    function: Callable[[jax.Array], jax.Array], stack: jax.Array, chunk_bytes: int
+    function: Callable[[jax.Array], jax.Array], stack: jax.Array, chunk_bytes: int = 2**21
 ) -> jax.Array:
     """Applies a function to a long stack piece by piece, which bounds its temporary memory.
 

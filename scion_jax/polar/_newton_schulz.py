@@ -42,48 +42,72 @@ import numpy as np
 
 from scion_jax import _numerics as numerics
 from scion_jax.polar._coefficients import Step
+from scion_jax.polar._pieces import along_longer_side, as_grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """How batches of matrices are multiplied.
+    """How matrices are multiplied.
 
-    The Gram matrix of a batch is that of its shorter side, `X Xᵀ` if it is wide and `Xᵀ X` if it is
-    tall; what is made of it then stands on that side of `X`, which need not be transposed.
+    Matrices `X` are `(pieces, batch, rows, columns)`, the longer side in pieces (see `_pieces`).
+    What is made of a Gram matrix stands on the shorter side, so that tall ones are not transposed.
 
     Attributes:
         dtype: Dtype of the factors. Products and sums have at least float32.
+        tall: Whether the longer side are the rows.
     """
 
     dtype: jnp.dtype
-    chunk_bytes: ClassVar[int] = 2**28  # of matrices that go through at the same time
+    tall: bool = False
 
     def times(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Computes `x y`."""
+        """Computes `x y`, for `(…, n, m)`."""
+        return self._einsum("...ij,...jk->...ik", x, y)
+
+    def gram(self, x: jax.Array) -> jax.Array:
+        """Computes `X Xᵀ`, or `Xᵀ X` of tall matrices: `(batch, n, n)`."""
+        return self._einsum("pbmi,pbmj->bij" if self.tall else "pbim,pbjm->bij", x, x)
+
+    def beside(self, factor: jax.Array, x: jax.Array) -> jax.Array:
+        """Computes `factor X`, or `X factor` of tall matrices."""
+        if self.tall:
+            return self._einsum("pbmi,bij->pbmj", x, factor)
+        return self._einsum("bij,pbjm->pbim", factor, x)
+
+    def commuting(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Computes `x y` for symmetric matrices that commute, so that the product is symmetric."""
+        return self.times(x, y)
+
+    def magnitude(self, grid: jax.Array) -> jax.Array:
+        """Bounds the entries of matrices by the sum of their magnitudes.
+
+        By a product with ones: a reduction over all entries takes TPUs almost three times as long.
+
+        Args:
+            grid: Shape `(down, across, batch, rows, columns)`, any floating dtype.
+
+        Returns:
+            Shape `(batch, 1, 1)`, at least the largest entry, at most `rows · columns` times that.
+        """
+        ones = jnp.ones((8, grid.shape[3]), grid.dtype)  # as many rows as a TPU's tile has
+        dtype = numerics.widest(grid.dtype, jnp.float32)
+        sums = jnp.einsum("or,dabrc->daboc", ones, jnp.abs(grid), preferred_element_type=dtype)
+        return jnp.sum(sums, axis=(0, 1, 3, 4))[:, None, None] / 8
+
+    def _einsum(self, indices: str, x: jax.Array, y: jax.Array) -> jax.Array:
         # Accelerators would round float32 factors; who wants that asks for bfloat16.
-        return jnp.matmul(
+        return jnp.einsum(
+            indices,
             x.astype(self.dtype),
             y.astype(self.dtype),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=numerics.widest(self.dtype, jnp.float32),
         )
 
-    def gram(self, x: jax.Array) -> jax.Array:
-        """Computes `x xᵀ`, or `xᵀ x` of a tall `x`."""
-        return self.times(x.mT, x) if is_tall(x) else self.times(x, x.mT)
 
-    def beside(self, factor: jax.Array, x: jax.Array) -> jax.Array:
-        """Computes `factor x`, or `x factor` for a tall `x`."""
-        return self.times(x, factor) if is_tall(x) else self.times(factor, x)
-
-    def commuting(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Computes `x y` for symmetric matrices that commute, so that the product is symmetric."""
-        return self.times(x, y)
-
-
-def is_tall(x: jax.Array) -> bool:
-    """Tells whether matrices have more rows than columns."""
-    return x.shape[-2] > x.shape[-1]
+# Rows between which pairs of steps in bfloat16 pay. Fewer do not average its rounding out, which
+# lifts singular values to 1.2; of more, Gram matrices in float32 do not stay in a TPU's memory.
+_FEWEST, _MOST = 32, 4095
 
 
 class _Shifted(NamedTuple):
@@ -114,12 +138,12 @@ class _Shifted(NamedTuple):
 
 
 def newton_schulz(
-    x: jax.Array, steps: Sequence[Step], schatten: int, products: Products
+    grid: jax.Array, steps: Sequence[Step], schatten: int, products: Products
 ) -> jax.Array:
     """Applies the steps to the singular values of every matrix, divided by its norm.
 
     Args:
-        x: Shape `(batch, rows, columns)`, not empty, any floating dtype.
+        grid: Shape `(down, across, batch, rows, columns)`, not empty, any floating dtype.
         steps: Coefficients `(a, b, c)`, first to last.
         schatten: Which Schatten norm to divide by: 2 (Frobenius) or 4.
         products: How to multiply.
@@ -128,15 +152,16 @@ def newton_schulz(
         Matrices of the same shape and dtype. Zero gives zero; NaN and infinity give NaN, in their
         own matrix only.
     """
-    dtype, (n, m) = x.dtype, sorted(x.shape[1:])
     # Entries of at most 4: squares and their sums then stay in range whatever the scale was. By a
-    # product, which costs less than dividing every entry; 1/largest could be too small a number.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True))
-    largest = numerics.at_least_float32(largest)
-    scale = jnp.minimum(4 / numerics.nonzero(largest), jnp.finfo(largest.dtype).max)
-    scale = jnp.where(largest == 0, 0, scale)  # zero stays zero, for `grad` too
-    x = (numerics.at_least_float32(x) * scale).astype(products.dtype)
-    first, *rest = groups(n, m, len(steps), products.dtype)
+    # power of two, which rounds nothing.
+    size = jax.lax.stop_gradient(products.magnitude(grid))
+    info = jnp.finfo(size.dtype)
+    power = jax.lax.reduce_precision(jnp.minimum(size, 2.0 ** (info.maxexp - 2)), info.nexp, 0)
+    scale = jnp.where(power == 0, 0, 1 / numerics.nonzero(power))  # zero stays zero, for `grad` too
+    x = along_longer_side((grid * scale.astype(grid.dtype)).astype(products.dtype))
+    pieces, _, *sides = x.shape
+    n, m = sides[::-1] if products.tall else sides
+    first, *rest = groups(n, pieces * m, len(steps), products.dtype)
     gram = products.gram(x)
     size = numerics.nonzero(_squared_norm(gram, schatten))
     factor = _factor(_Shifted(0.0, gram / size), steps[:first], products)
@@ -151,11 +176,11 @@ def newton_schulz(
         # float32 products take TPUs' compiler long, and a loop around them costs nothing.
         rows = jnp.asarray(np.array(steps[first:]), products.dtype)
         x, _ = jax.lax.scan(lambda x, step: (advance(x, [step]), None), x, rows)
-        return x.astype(dtype)
+        return as_grid(x, grid.shape).astype(grid.dtype)
     for length in rest:
         x = advance(x, steps[first : first + length])
         first += length
-    return x.astype(dtype)
+    return as_grid(x, grid.shape).astype(grid.dtype)
 
 
 def _applied(factor: _Shifted, x: jax.Array, products: Products) -> jax.Array:
@@ -228,5 +253,6 @@ def groups(rows: int, columns: int, steps: int, dtype: jnp.dtype) -> list[int]:
     if 2 * columns <= 3 * rows:
         return [1] * steps
     if _rounds(dtype):
-        return [2, *[1] * (steps - 2)] if steps > 1 else [1]
+        pays = steps > 1 and _FEWEST <= rows <= _MOST
+        return [2, *[1] * (steps - 2)] if pays else [1] * steps
     return [min(4, steps - start) for start in range(0, steps, 4)]

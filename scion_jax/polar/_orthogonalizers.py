@@ -23,6 +23,7 @@ from scion_jax._checks import check_array, check_dtype
 from scion_jax.polar._coefficients import Step, schatten_of, steps_of
 from scion_jax.polar._cpu import by_platform, default_dtype
 from scion_jax.polar._newton_schulz import newton_schulz
+from scion_jax.polar._pieces import cut, joined
 
 
 class Orthogonalizer(abc.ABC):
@@ -51,6 +52,17 @@ class Orthogonalizer(abc.ABC):
             The polar factors, of the same shape and dtype. Zero gives zero; a matrix with a NaN or
             an infinity gives NaN, the others are not touched by it.
         """
+
+    def polar_of_pieces(self, grid: jax.Array) -> jax.Array:
+        """Does the same for matrices in pieces, as they come from several devices.
+
+        Args:
+            grid: Shape `(down, across, batch, rows, columns)`; see `_pieces`.
+
+        Returns:
+            The polar factors, in the same pieces. By default the matrices are put together.
+        """
+        return cut(self.polar(joined(grid)), grid.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,18 +138,22 @@ class NewtonSchulz(Orthogonalizer):
 
     def polar(self, matrices: jax.Array) -> jax.Array:
         """Runs the iteration; see `Orthogonalizer.polar`."""
-        return _iterated(matrices, self)
+        return self.polar_of_pieces(matrices[None, None])[0, 0]
+
+    def polar_of_pieces(self, grid: jax.Array) -> jax.Array:
+        """Runs the iteration on the pieces; see `Orthogonalizer.polar_of_pieces`."""
+        return _iterated(grid, self)
 
 
 # Compiled on its own, so that calls outside of jit do not compile the iteration anew each time.
 @functools.partial(jax.jit, static_argnums=1)
-def _iterated(matrices: jax.Array, method: NewtonSchulz) -> jax.Array:
+def _iterated(grid: jax.Array, method: NewtonSchulz) -> jax.Array:
     steps = steps_of(method.coefficients, method.steps)
     schatten = method.schatten or schatten_of(method.coefficients)
-    dtype = method._factor_dtype(matrices.dtype)
+    dtype = method._factor_dtype(grid.dtype)
     return by_platform(
         lambda x, products: newton_schulz(x, steps, schatten, products),
-        matrices,
+        grid,
         dtype,
         cpu_dtype=dtype if method.compute_dtype else default_dtype(dtype),
     )

@@ -123,7 +123,8 @@ def test_replicated_axes_move_a_share_only(kind):
     optimizer = scion(0.1, Spectral(), shard_over=names)
     found = collectives(compiled(optimizer, TWO, make("2x2x2", kind), P("fsdp", None)))
     assert kinds(found).count("all-to-all") == 4  # two a stack
-    assert kinds(found).count("all-gather") == 4  # of results, one a stack and axis
+    # Of results, one a stack; and on an Auto mesh one for each axis, too.
+    assert kinds(found).count("all-gather") == (4 if kind == "Auto" else 2)
     own = sum(64 * size for _, size in TWO.values()) / 2 * 4  # bytes of half of every matrix
     moved = sum(size for name, size in found if name == "all-to-all")
     assert moved <= 1.1 * 2 * own / 4  # of which it moves its quarter, there and back
