@@ -15,8 +15,16 @@ import optax
 from jax.typing import ArrayLike
 
 from benchmarks.experiments.optimizers import LABELS
-from scion_jax import (ColNorm, Norm, Sign, Spectral, average_gradients, decay_weights, init_params,
-    scale_by_lmo)
+from scion_jax import (
+    ColNorm,
+    Norm,
+    Sign,
+    Spectral,
+    average_gradients,
+    decay_weights,
+    init_params,
+    scale_by_lmo,
+)
 
 Knobs = Mapping[str, ArrayLike]
 Build = Callable[[optax.Schedule, Knobs], optax.GradientTransformation]
@@ -189,3 +197,14 @@ ENTRANTS: dict[str, Entrant] = {
         },
     ),
 }  # fmt: skip
+
+
+def _carried(name: str, **found: float) -> dict[str, float]:
+    return {**ENTRANTS[name].knobs, **found}
+
+
+# What tuning came to at width 64, for programs that make no search.
+CARRIED: dict[str, dict[str, float]] = {
+    "unconstrained_scion": _carried("unconstrained_scion"),
+    "muon": _carried("muon"),
+}

@@ -170,4 +170,3 @@ def fall(count: jax.Array, steps: jax.Array) -> jax.Array:
     """Returns the learning rate as a part of its largest: 1, then linearly to 0 at the end."""
     decay = jnp.maximum(1, jnp.round(DECAYED * steps))
     return jnp.clip((steps - count) / decay, 0.0, 1.0)
-
