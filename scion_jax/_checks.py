@@ -43,6 +43,7 @@ _RANGES = {
     "learning_rate": _Range("at least 0 and finite", 0, math.inf),
     "step": _Range("at least 0 and at most 1", 0, 1),
     "momentum": _Range("above 0 and at most 1", 0, 1, without_low=True),
+    "optimism": _Range("at least 0 and at most 1", 0, 1),
     "rho": _Range("at least 0 and finite", 0, math.inf),
     "weight_decay": _Range("at least 0 and finite", 0, math.inf),
     "radius": _Range("above 0 and finite", 0, math.inf, without_low=True),

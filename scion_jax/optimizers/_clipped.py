@@ -33,6 +33,7 @@ def unconstrained_clipped_scion(
     rho: optax.ScalarOrSchedule,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    optimism: optax.ScalarOrSchedule = 0.0,
     per_leaf: bool = False,
     shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -54,6 +55,8 @@ def unconstrained_clipped_scion(
             the `pairing` that the state keeps.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        optimism: ᾱ, in [0, 1]: `(1 − ᾱ) d + ᾱ g` takes the place of `d`, for the pairing
+            as well; ᾱ = α is Nesterov's momentum, as Muon has it. May be a schedule.
         per_leaf: Keep the pairing of each leaf in the state, too; see `pairings`.
         shard_over: Over which devices matrices are spread; see `scion_jax.distributed`.
 
@@ -76,10 +79,10 @@ def unconstrained_clipped_scion(
         >>> updates.round(3), optax.tree.get(state, "pairing").round(3)
         (Array([-0.15, -0.2 ], dtype=float32), Array(5., dtype=float32))
 
-    Source: [C] Pethick et al., arXiv:2506.01913, Alg. 1 (GGNC) and 3.
+    Source: [C] Pethick et al., arXiv:2506.01913, Alg. 1 (GGNC) and 3; optimism: arXiv:2605.11172.
     """
     return chain(
-        average_gradients(momentum, momentum_dtype),
+        average_gradients(momentum, momentum_dtype, optimism),
         clip_by_pairing(scale_by_lmo(norms, param_labels, shard_over), rho, per_leaf=per_leaf),
         descend(learning_rate),
     )
@@ -94,6 +97,7 @@ def clipped_scion(
     short_step: bool = False,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    optimism: optax.ScalarOrSchedule = 0.0,
     per_leaf: bool = False,
     shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -125,6 +129,8 @@ def clipped_scion(
         short_step: Use variant 1.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        optimism: ᾱ, in [0, 1]: `(1 − ᾱ) d + ᾱ g` takes the place of `d`, for the pairing
+            as well; ᾱ = α is Nesterov's momentum, as Muon has it. May be a schedule.
         per_leaf: Keep the pairing of each leaf in the state, too; see `pairings`.
         shard_over: Over which devices matrices are spread; see `scion_jax.distributed`.
 
@@ -145,14 +151,15 @@ def clipped_scion(
         >>> optimizer.update(gradient, optimizer.init(x), x)[0].round(3)
         Array([-0.15, -0.2 ], dtype=float32)
 
-    Source: [C] Pethick et al., arXiv:2506.01913, Alg. 2 and 4 (variants 2 and 1), App. C.
+    Source: [C] Pethick et al., arXiv:2506.01913, Alg. 2 and 4 (variants 2 and 1), App. C;
+    optimism: arXiv:2605.11172.
     """
     directions = optax.chain(
         scale_by_lmo(norms, param_labels, shard_over), decay_weights(1.0, norms, param_labels)
     )
     squared_norm = _squared_norm(norms, param_labels, shard_over) if short_step else None
     return chain(
-        average_gradients(momentum, momentum_dtype),
+        average_gradients(momentum, momentum_dtype, optimism),
         clip_by_pairing(directions, rho, squared_norm, per_leaf),
         descend(learning_rate, constrained=True),
     )

@@ -20,6 +20,7 @@ def scion(
     *,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    optimism: optax.ScalarOrSchedule = 0.0,
     shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scion: Frank–Wolfe over norm balls, which keeps every parameter inside its ball.
@@ -40,6 +41,8 @@ def scion(
             (`label_by_path`), as in `optax.multi_transform`; with a mapping only.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        optimism: ᾱ, in [0, 1]: take the LMO of `(1 − ᾱ) d + ᾱ g` in place of `d`; ᾱ = α is
+            Nesterov's momentum, as Muon has it. May be a schedule.
         shard_over: Over which devices matrices are spread; see `scion_jax.distributed`.
 
     Returns:
@@ -62,10 +65,10 @@ def scion(
         >>> optax.apply_updates(params, updates)["bias"]
         Array([-0.1, -0.1, -0.1], dtype=float32)
 
-    Source: [S] Pethick et al., arXiv:2502.07529, Alg. 2 (SCG) and 3.
+    Source: [S] Pethick et al., arXiv:2502.07529, Alg. 2 (SCG) and 3; optimism: arXiv:2605.11172.
     """
     return chain(
-        average_gradients(momentum, momentum_dtype),
+        average_gradients(momentum, momentum_dtype, optimism),
         scale_by_lmo(norms, param_labels, shard_over),
         decay_weights(1.0, norms, param_labels),
         descend(learning_rate, constrained=True),
@@ -79,6 +82,7 @@ def unconstrained_scion(
     *,
     momentum: optax.ScalarOrSchedule = 0.1,
     momentum_dtype: DTypeLike | None = None,
+    optimism: optax.ScalarOrSchedule = 0.0,
     weight_decay: ArrayLike = 0.0,
     shard_over: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -99,6 +103,8 @@ def unconstrained_scion(
             (`label_by_path`), as in `optax.multi_transform`; with a mapping only.
         momentum: α, in (0, 1]: one minus the usual momentum. May be a schedule.
         momentum_dtype: Dtype of the stored average; None means the parameters'.
+        optimism: ᾱ, in [0, 1]: take the LMO of `(1 − ᾱ) d + ᾱ g` in place of `d`; ᾱ = α is
+            Nesterov's momentum, as Muon has it. May be a schedule.
         weight_decay: μ, at least 0.
         shard_over: Over which devices matrices are spread; see `scion_jax.distributed`.
 
@@ -121,10 +127,11 @@ def unconstrained_scion(
         >>> updates
         Array([-0.6, -0.8], dtype=float32)
 
-    Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 (uSCG) and 3; Sec. 3 for weight decay.
+    Source: [S] Pethick et al., arXiv:2502.07529, Alg. 1 (uSCG) and 3; Sec. 3 for weight decay;
+    optimism: arXiv:2605.11172.
     """
     return chain(
-        average_gradients(momentum, momentum_dtype),
+        average_gradients(momentum, momentum_dtype, optimism),
         scale_by_lmo(norms, param_labels, shard_over),
         decay_weights(weight_decay, norms, param_labels),
         descend(learning_rate),

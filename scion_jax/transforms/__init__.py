@@ -1,6 +1,7 @@
 """The stages that optimizers are made of, each an Optax gradient transformation."""
 
 from scion_jax.transforms._average import average_gradients as average_gradients
+from scion_jax.transforms._average import blend as blend
 from scion_jax.transforms._average import remember as remember
 from scion_jax.transforms._chain import chain as chain
 from scion_jax.transforms._chain import descend as descend

@@ -43,6 +43,15 @@ def rho(k):
     return 100.0 + 40 * k
 
 
+def ahead(k):
+    """Optimism, up to 1, where only the newest gradient counts."""
+    return 1 - 0.1 * (k % 4) ** 2
+
+
+def never(k):
+    return 0.0
+
+
 def scheduled(function):
     """The same formula for a traced count."""
     return lambda count: jnp.asarray(np.array([function(k) for k in range(STEPS)]))[count]
@@ -113,26 +122,33 @@ def unconstrained_clipped(k, x, d):
     return v, min(1, pairing(d, v) / rho(k))
 
 
-def of_averages(rule):
+def blend(old, new, weight):
+    return combine(lambda old, new: (1 - weight) * old + weight * new, old, new)
+
+
+def of_averages(rule, optimism=never):
     """An algorithm, from what it does with the averaged gradient."""
 
     def run(x, gradients):
         d = gaussian(0, 0.0)
         for k, g in enumerate(gradients):
-            d = combine(lambda d, g, k=k: (1 - alpha(k)) * d + alpha(k) * g, d, g)
-            x = moved(k, x, *rule(k, x, d))
+            d = blend(d, g, alpha(k))
+            x = moved(k, x, *rule(k, x, blend(d, g, optimism(k))))
             yield x
 
     return run
 
 
-def light(rule):
+def light(rule, optimism=never, every_k=1):
     def run(x, gradients):
         total = gaussian(0, 0.0)
-        for k, g in enumerate(gradients):
+        for call, g in enumerate(gradients):
             total = combine(np.add, total, g)
-            x = moved(k, x, *rule(k, x, total))
-            total = combine(lambda total, k=k: (1 - alpha(k)) * total, total)
+            if (call + 1) % every_k == 0:
+                k = call // every_k
+                d = combine(lambda total, k=k: alpha(k) * total / every_k, total)
+                x = moved(k, x, *rule(k, x, blend(d, g, optimism(k))))
+                total = combine(lambda total, k=k: (1 - alpha(k)) * total, total)
             yield x
 
     return run
@@ -149,6 +165,7 @@ def almond(x, gradients):
 RHO = {"rho": scheduled(rho)}
 SHORT = {"rho": scheduled(lambda k: rho(k) / 3), "short_step": True}
 FREE = {"unconstrained": True}
+AHEAD = {"optimism": scheduled(ahead)}
 ALGORITHMS = {
     "scion": (scion_jax.scion, {}, of_averages(scion)),
     "unconstrained_scion": (unconstrained_scion, {}, of_averages(decayed(0))),
@@ -159,6 +176,29 @@ ALGORITHMS = {
     "scion_light": (scion_jax.scion_light, {}, light(scion)),
     "unconstrained scion_light": (scion_jax.scion_light, FREE, light(decayed(0))),
     "almond": (scion_jax.almond, {}, almond),
+    "optimistic scion": (scion_jax.scion, AHEAD, of_averages(scion, ahead)),
+    "optimistic unconstrained_scion": (
+        unconstrained_scion,
+        {"optimism": 0.3},
+        of_averages(decayed(0), lambda k: 0.3),
+    ),
+    "optimistic clipped_scion": (clipped_scion, RHO | AHEAD, of_averages(clipped, ahead)),
+    "optimistic clipped_scion with short step": (
+        clipped_scion,
+        SHORT | AHEAD,
+        of_averages(short, ahead),
+    ),
+    "optimistic unconstrained_clipped": (
+        unconstrained_clipped_scion,
+        RHO | AHEAD,
+        of_averages(unconstrained_clipped, ahead),
+    ),
+    "optimistic scion_light": (scion_jax.scion_light, AHEAD, light(scion, ahead)),
+    "optimistic scion_light every 3": (
+        scion_jax.scion_light,
+        {**AHEAD, **FREE, "every_k": 3},
+        light(decayed(0), ahead, 3),
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from scion_jax import (
     almond,
     clipped_scion,
     scion,
+    scion_light,
     unconstrained_clipped_scion,
     unconstrained_scion,
 )
@@ -110,6 +111,20 @@ OPTAX = {
         )
         for decay in (0.0, 0.3)
     },
+    # Lion itself looks ahead: `b1 = (1 − ᾱ) b2` (arXiv:2605.11172).
+    "lion": lambda: (
+        unconstrained_scion(0.1, SIGN, momentum=0.2, optimism=0.25, weight_decay=0.3),
+        optax.lion(0.1, b1=0.6, b2=0.8, weight_decay=0.3),
+        SHAPES,
+    ),
+    # Nesterov's momentum is optimism α; only the direction counts.
+    "normalized gradient descent with Nesterov's momentum": lambda: (
+        unconstrained_scion(0.1, Euclidean(), momentum=0.2, optimism=0.2),
+        optax.chain(
+            optax.trace(0.8, nesterov=True), optax.normalize_by_update_norm(eps=0.0), optax.sgd(0.1)
+        ),
+        ONE,
+    ),
     # `Euclidean`, one leaf ([S] Sec. 2, Cutkosky and Mehta 2020).
     "normalized gradient descent with momentum": lambda: (
         unconstrained_scion(0.1, Euclidean(radius=2.0), momentum=0.2),
@@ -180,6 +195,18 @@ LIMITS = {
         )
         for short, rho in ((False, 1e-30), (True, 1e-30), (False, 0.0), (True, 0.0))
     },
+    # Looking all the way ahead: no momentum.
+    "optimism 1": (
+        unconstrained_scion(0.1, optimism=1.0, **OPTIONS),
+        unconstrained_scion(0.1, **{**OPTIONS, "momentum": 1.0}),
+        1.0,
+    ),
+    # A constant α: `αG` is the average, ahead as well.
+    "optimistic scion_light": (
+        scion_light(0.1, optimism=0.4, **OPTIONS),
+        scion(0.1, optimism=0.4, **OPTIONS),
+        1.0,
+    ),
     # ρ → 0 in GGNC: unconstrained Scion with the same learning rate ([C] Alg. 3).
     **{
         f"unconstrained_clipped_scion, rho {rho}": (

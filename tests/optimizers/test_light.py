@@ -77,6 +77,34 @@ def test_full_momentum_forgets():
     assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(state.gradient_sum))
 
 
+def test_looks_ahead_with_one_buffer():
+    """Along k times the last gradient: with equal ones in a step, as under MultiSteps."""
+    optimizer = scion_light(0.1, Euclidean(), optimism=0.3, momentum=0.2, every_k=2)
+    params, update = tree(0), jax.jit(optimizer.update)
+    state, d = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    for k in range(3):
+        g = tree(10 + k)
+        _, state = update(g, state, params)
+        updates, state = update(g, state, params)
+        d = jax.tree.map(lambda d, g: 0.8 * d + 0.2 * g, d, g)
+        for name, x in params.items():
+            d_bar = 0.7 * d[name] + 0.3 * g[name]
+            expected = -0.1 * (x + d_bar / jnp.linalg.norm(d_bar))
+            np.testing.assert_allclose(updates[name], expected, rtol=1e-5, atol=1e-6)
+    assert buffers(state) == 1
+
+
+@pytest.mark.parametrize("optimism", [0.0, jnp.float32(0.0), lambda count: jnp.float32(0.0)])
+def test_without_a_look_ahead_momentum_may_end_at_zero(optimism):
+    """Then `αG` is zero, and its direction is that of `G` still."""
+    alpha = optax.linear_schedule(0.5, 0.0, 1)
+    optimizer = scion_light(0.1, Euclidean(), momentum=alpha, optimism=optimism, unconstrained=True)
+    x = jnp.zeros(2)
+    _, state = optimizer.update(jnp.array([6.0, 8.0]), optimizer.init(x), x)
+    updates, _ = optimizer.update(jnp.zeros(2), state, x)
+    np.testing.assert_allclose(updates, [-0.06, -0.08], rtol=1e-5)
+
+
 def test_momentum_schedule_and_bfloat16_buffer():
     optimizer = scion_light(
         0.1, Euclidean(), momentum=optax.constant_schedule(0.5), momentum_dtype=jnp.bfloat16

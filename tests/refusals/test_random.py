@@ -187,7 +187,9 @@ def test_functions(function, fault, data):
         return result if isinstance(result, jax.Array) else None
 
     # Of a schedule some faults show when it is called a second time.
-    outcome(lambda: traced(call, values), bad, certain={"rho", "momentum"}.isdisjoint(bad))
+    outcome(
+        lambda: traced(call, values), bad, certain={"rho", "momentum", "optimism"}.isdisjoint(bad)
+    )
 
 
 @random_cases(5, case=inputs.cases(["single"]), others=inputs.TREES, data=st.data())

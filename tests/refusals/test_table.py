@@ -133,6 +133,24 @@ OF_OPTIMIZERS = [
     (lambda make: make(0.1, Spectral).init(PARAMS), TypeError, "norms"),
 ]
 
+# Of every optimizer that looks ahead, and of the stage that does it.
+OF_OPTIMISM = [
+    ("0.1", TypeError, "optimism must be a number; got '0.1'"),
+    (None, TypeError, "optimism must be a number; got None"),
+    (True, TypeError, "optimism must be a number; got True"),
+    (jnp.ones(3), ValueError, r"optimism must be one number.*\(3,\)"),
+    (-0.1, ValueError, "optimism must be at least 0 and at most 1; got -0.1"),
+    (1.5, ValueError, "optimism must be at least 0 and at most 1; got 1.5"),
+    (NAN, ValueError, "optimism must be at least 0 and at most 1"),
+    (lambda count: 2.0, ValueError, "optimism, a schedule, at the first update must be at least 0"),
+    (lambda count: None, TypeError, "optimism, a schedule, must be a number; got None"),
+    (
+        lambda: 0.1,
+        TypeError,
+        "optimism.* is a number or a schedule",
+    ),
+]
+
 # Of every function that takes norms and labels: `use(labels)`, with one norm, labelled "x".
 LABELS = [
     ({"a": {"kernel": "x"}}, "leaf 'a/bias' has no label"),
@@ -248,6 +266,14 @@ def test_every_optimizer_refuses(call, error, words):
     for make in OPTIMIZERS:
         with pytest.raises(error, match=words):
             call(make)
+
+
+@pytest.mark.parametrize(("optimism", "error", "words"), OF_OPTIMISM)
+def test_no_look_ahead_of_that_kind(optimism, error, words):
+    for make in (*OPTIMIZERS, average_gradients):
+        if make is not almond:
+            with pytest.raises(error, match=words):
+                make(0.1, optimism=optimism)
 
 
 @pytest.mark.parametrize(("labels", "words"), LABELS)

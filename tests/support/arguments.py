@@ -120,6 +120,7 @@ ARGUMENTS = {
     "learning_rate": _SCHEDULE,
     "momentum": _SCHEDULE,
     "rho": (one_of(0, 0.0) | _SCHEDULE[0], _SCHEDULE[1]),
+    "optimism": (one_of(0, 0.0) | _SCHEDULE[0], _SCHEDULE[1]),
     "momentum_dtype": _DTYPE,
     "compute_dtype": _DTYPE,
     "weight_decay": (NUMBERS, NO_NUMBERS | SCHEDULES),

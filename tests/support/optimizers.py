@@ -1,6 +1,6 @@
 """Every optimizer, and a small tree of parameters for it.
 
-To add an optimizer, add a row to `OPTIMIZERS`.
+To add an optimizer, add a row to `OPTIMIZERS`. Where it has several, one looks ahead (`optimism`).
 """
 
 import dataclasses
@@ -56,13 +56,17 @@ OPTIMIZERS = {
     "scion": Case(scion, {"momentum": 0.3}, True),
     "unconstrained_scion": Case(unconstrained_scion, {"momentum": 0.3}, False),
     "unconstrained_scion with decay": Case(
-        unconstrained_scion, {"momentum": 0.3, "weight_decay": 0.1}, True
+        unconstrained_scion, {"momentum": 0.3, "weight_decay": 0.1, "optimism": 0.2}, True
     ),
     "clipped_scion": _clipped(clipped_scion, True),
-    "clipped_scion with short step": _clipped(clipped_scion, True, short_step=True, per_leaf=True),
+    "clipped_scion with short step": _clipped(
+        clipped_scion, True, short_step=True, per_leaf=True, optimism=0.2
+    ),
     "unconstrained_clipped_scion": _clipped(unconstrained_clipped_scion, False),
     "scion_light": Case(scion_light, {"momentum": 0.3}, True),
-    "unconstrained scion_light": Case(scion_light, {"momentum": 0.3, "unconstrained": True}, False),
+    "unconstrained scion_light": Case(
+        scion_light, {"momentum": 0.3, "unconstrained": True, "optimism": 0.2}, False
+    ),
     "scion_light every 2": Case(
         scion_light, {"momentum": 0.3, "every_k": 2}, True, calls_per_step=2
     ),

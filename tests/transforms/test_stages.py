@@ -54,6 +54,42 @@ def test_full_momentum_remembers_nothing_not_even_a_nan():
         np.testing.assert_array_equal(output, 1.0)
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_look_ahead_is_of_the_average_before_it_is_stored(dtype):
+    """What is stored is what it would be without."""
+    rng = np.random.default_rng(0)
+    gradients = [jnp.asarray(rng.standard_normal(50), jnp.float32) for _ in range(3)]
+    averages, state = run(average_gradients(0.25, dtype), gradients)
+    for optimism in (0.375, jnp.float32(0.375), lambda count: 0.375):
+        ahead, other = run(average_gradients(0.25, dtype, optimism), gradients)
+        chex.assert_trees_all_equal(other, state)
+        for d_bar, d, g in zip(ahead, averages, gradients, strict=True):
+            np.testing.assert_allclose(d_bar, 0.625 * d + 0.375 * g, rtol=1e-6, atol=1e-6)
+
+
+def test_a_look_ahead_all_the_way_is_the_gradient_whatever_came_before():
+    """A schedule that leaves its range is clipped to it."""
+    for optimism in (1.0, jnp.float32(1.0), lambda count: 1.0 + jnp.float32(count)):
+        (_, output), _ = run(
+            average_gradients(0.5, optimism=optimism), [jnp.full(2, 9.0), jnp.ones(2)]
+        )
+        np.testing.assert_array_equal(output, 1.0)
+
+
+def test_no_look_ahead_costs_nothing():
+    """Neither as a number nor as a schedule of numbers."""
+    x = jnp.ones(3)
+    plain, *others = (
+        str(jax.make_jaxpr(average.update)(x, average.init(x)))
+        for average in (
+            average_gradients(0.1),
+            average_gradients(0.1, optimism=0),
+            average_gradients(0.1, optimism=optax.constant_schedule(0.0)),
+        )
+    )
+    assert others == [plain] * 2
+
+
 def test_lmo_of_every_leaf():
     norm = ColNorm(2.0)
     tree = {"a": jnp.ones((3, 4)), "c": [jnp.eye(2), None]}

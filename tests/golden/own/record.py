@@ -1,18 +1,21 @@
 """Records what every optimizer does to a small tree: tests/golden/own/trajectories.npz.
 
-    python -m tests.golden.own.record
+    python -m tests.golden.own.record "scion, optimism"    # adds a case, and leaves the others
+    python -m tests.golden.own.record                      # all, and where they start
 
-Only when numbers are meant to change, which is a decision: CHANGELOG.md says what changes and why.
+The second only when numbers are meant to change, which is a decision: CHANGELOG.md says what
+changes and why.
 Everything runs in float64, where platforms and versions of JAX agree. The file holds the `start`,
 the `gradients` of each step, for every case the parameters after each step, and `CASE, pairing`
 where a state keeps it. Leaves stand in rows, one after the other in the order of their names.
-versions.json says what it was recorded with.
+versions.json says what the starting point was recorded with.
 """
 
 import json
 import math
 import pathlib
 import platform
+import sys
 from importlib.metadata import version
 
 import jax
@@ -59,6 +62,14 @@ CASES = {
     "scion_light, unconstrained": (scion_light, {"unconstrained": True}),
     "scion_light, every_k": (scion_light, {"every_k": 2}),
     "almond": (almond, {}),
+    "scion, optimism": (scion, {"optimism": 0.25}),
+    "unconstrained_scion, optimism scheduled": (unconstrained_scion, {"optimism": FALLING}),
+    "clipped_scion, optimism": (clipped_scion, {"rho": 12.0, "optimism": 0.25}),
+    "unconstrained_clipped_scion, optimism": (
+        unconstrained_clipped_scion,
+        {"rho": 12.0, "optimism": 0.25},
+    ),
+    "scion_light, optimism": (scion_light, {"optimism": 0.25, "every_k": 2}),
 }
 
 # Nothing is clipped: what they do, and show, is recorded as those that are not clipped at all.
@@ -196,16 +207,23 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)  # as the test does; saves a minute
-    start = starting_point()
-    gradients = draw_gradients(start)
-    arrays = {"start": to_rows(start), "gradients": to_rows(gradients)}
+    chosen = sys.argv[1:]
+    if chosen:
+        arrays = dict(np.load(FOLDER / "trajectories.npz"))
+        start, gradients = from_rows(arrays["start"]), from_rows(arrays["gradients"])
+    else:
+        start = starting_point()
+        gradients = draw_gradients(start)
+        arrays = {"start": to_rows(start), "gradients": to_rows(gradients)}
     for cases in (CASES, UNCLIPPED):
-        for case in cases:
+        for case in [case for case in cases if not chosen or case in chosen]:
             params, pairings = trajectory(case, "float64", start, gradients, cases)
             arrays[case] = to_rows(params)
             if pairings is not None:
                 arrays[f"{case}, pairing"] = pairings
     np.savez_compressed(FOLDER / "trajectories.npz", **arrays)
+    if chosen:
+        return
     versions = {name: version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
     versions |= {"python": platform.python_version(), "scion_jax": scion_jax.__version__}
     text = json.dumps(dict(sorted(versions.items())), indent=4)
