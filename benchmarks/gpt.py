@@ -118,7 +118,7 @@ def step_of(size: Size, name: str) -> Callable[..., Any]:
 
         total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), windows)
         gradient = optax.tree.scale(1 / size.microbatches, total)
-        update = BUILDS[name](lambda count: fall(count, jnp.asarray(steps))).update
+        update = BUILDS[name](lambda count: fall(count, steps)).update
         updates, memory = update(gradient, memory, params)
         return optax.apply_updates(params, updates), memory
 

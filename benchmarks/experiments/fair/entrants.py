@@ -12,21 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from benchmarks.experiments.optimizers import LABELS
-from scion_jax import (
-    ColNorm,
-    Norm,
-    Sign,
-    Spectral,
-    average_gradients,
-    decay_weights,
-    init_params,
-    scale_by_lmo,
-)
+from scion_jax import ColNorm, Norm, Sign, Spectral, init_params, scion, unconstrained_scion
 
-Knobs = Mapping[str, ArrayLike]
+Knobs = Mapping[str, Any]  # numbers, or traced ones
 Build = Callable[[optax.Schedule, Knobs], optax.GradientTransformation]
 
 NORMAL = -1.0  # in place of a fraction: normal numbers
@@ -77,7 +67,7 @@ def start(key: jax.Array, params: Any, knobs: Knobs) -> Any:
     normals = optax.tree.random_like(key, params, jax.random.normal)
 
     def draw(label: str, ball: jax.Array, normal: jax.Array) -> jax.Array:
-        fraction = jnp.asarray(knobs[f"{label} start"])
+        fraction = knobs[f"{label} start"]
         return jnp.where(fraction == NORMAL, DEVIATION * normal, fraction * ball)
 
     return jax.tree.map(draw, LABELS(params), balls, normals)
@@ -87,60 +77,40 @@ def balls(knobs: Knobs) -> dict[str, Norm]:
     """Returns the norms of Scion, with their radii as knobs, in multiples of the hidden one's."""
     hidden = knobs["radius"]
     return {
-        "embedding": ColNorm(hidden * knobs["embedding radius"]),  # pyright: ignore[reportArgumentType, reportOperatorIssue]
-        "hidden": Spectral(hidden),  # pyright: ignore[reportArgumentType]
-        "head": Sign(hidden * knobs["head radius"]),  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+        "embedding": ColNorm(hidden * knobs["embedding radius"]),
+        "hidden": Spectral(hidden),
+        "head": Sign(hidden * knobs["head radius"]),
     }
 
 
 def averaging(knobs: Knobs) -> dict[str, Any]:
     """Returns momentum and optimism, which is 0 or the momentum."""
     momentum = knobs["momentum"]
-    return {"momentum": momentum, "optimism": momentum * knobs["optimistic"]}  # pyright: ignore[reportOperatorIssue]
-
-
-def _average(momentum, optimism):  # until the library has it
-    average = average_gradients(momentum)
-
-    def update(updates, state, params=None):
-        mean, state = average.update(updates, state, params)
-        ahead = jax.tree.map(lambda d, g: (1 - optimism) * d + optimism * g, mean, updates)
-        return ahead, state
-
-    return optax.GradientTransformation(average.init, update)
+    return {"momentum": momentum, "optimism": momentum * knobs["optimistic"]}
 
 
 def _unconstrained_scion(rate: optax.Schedule, knobs: Knobs) -> optax.GradientTransformation:
-    return optax.chain(
-        _average(**averaging(knobs)),
-        scale_by_lmo(balls(knobs), LABELS),
-        decay_weights(knobs["decay"], balls(knobs), LABELS),
-        optax.scale_by_learning_rate(rate),
-    )
+    decay = knobs["decay"]
+    return unconstrained_scion(rate, balls(knobs), LABELS, weight_decay=decay, **averaging(knobs))
 
 
 def _scion(rate: optax.Schedule, knobs: Knobs) -> optax.GradientTransformation:
-    return optax.chain(
-        _average(**averaging(knobs)),
-        scale_by_lmo(balls(knobs), LABELS),
-        decay_weights(1.0, balls(knobs), LABELS),
-        optax.scale_by_learning_rate(rate),
-    )
+    return scion(rate, balls(knobs), LABELS, **averaging(knobs))
 
 
 def _muon(rate: optax.Schedule, knobs: Knobs) -> optax.GradientTransformation:
     """Muon on the hidden matrices, Adam with another step on embedding and head."""
     nesterov = bool(knobs["nesterov"])
-    ratio = jnp.asarray(knobs["Adam's ratio"])
+    ratio = knobs["Adam's ratio"]
     adam = optax.adam(lambda count: ratio * rate(count), b2=knobs["b2"], nesterov=True)
-    hidden = optax.contrib.muon(rate, beta=1 - jnp.asarray(knobs["momentum"]), nesterov=nesterov)
+    hidden = optax.contrib.muon(rate, beta=1 - knobs["momentum"], nesterov=nesterov)
     return optax.multi_transform({"embedding": adam, "hidden": hidden, "head": adam}, LABELS)
 
 
 def _adamw(rate: optax.Schedule, knobs: Knobs) -> optax.GradientTransformation:
     return optax.adamw(
         rate,
-        b1=1 - jnp.asarray(knobs["momentum"]),
+        b1=1 - knobs["momentum"],
         b2=knobs["b2"],
         weight_decay=knobs["decay"],
         nesterov=bool(knobs["nesterov"]),

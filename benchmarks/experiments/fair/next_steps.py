@@ -44,8 +44,8 @@ def anchor(strength: ArrayLike = 1.0) -> optax.GradientTransformation:
     def init(params: Any) -> Start:
         return Start(jnp.zeros([], jnp.int32), params)
 
-    def update(updates: Any, state: Start, params: Any = None) -> tuple[Any, Start]:
-        pull = strength / (state.made + 2)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        pull = strength / (state.made.astype(jnp.float32) + 2)
         updates = jax.tree.map(lambda u, x0, x: u + pull * (x0 - x), updates, state.params, params)
         return updates, Start(state.made + 1, state.params)
 
@@ -123,7 +123,7 @@ def _fixed_norm(rate: optax.Schedule, knobs: Knobs) -> optax.GradientTransformat
 
     def hidden_only(stage: optax.GradientTransformation) -> optax.GradientTransformation:
         stages = {label: optax.identity() for label in ("embedding", "head")}
-        return optax.multi_transform(stages | {"hidden": stage}, LABELS)
+        return optax.multi_transform({**stages, "hidden": stage}, LABELS)
 
     step = hidden_only(relative_step(knobs["step"]))
     return _chain(rate, knobs, step, after=hidden_only(keep_norm()))

@@ -22,7 +22,7 @@ SEEDS = 3
 WIDTHS = (64, 128, 256, 512)
 LONG = 1000
 LONG_WIDTHS = (64, 128)
-MOMENTA = (0.05, 0.1, 0.2)
+MOMENTA = (0.05, 0.1, 0.2, 0.4)
 SEQUENCES, BATCHES = 8192, (8, 32, 128, 512)
 SIZES = ((64, 122), (128, 122), (64, LONG))  # width and steps at which next steps are judged
 
@@ -81,9 +81,10 @@ def settled_for(ledger: Ledger, name: str, steps: int, batch: int) -> Trial:
     best = dataclasses.replace(settled(ledger, name), steps=steps, batch=batch)
     # The best learning rate falls about as the root of the length does.
     halvings = round(math.log2(steps * 32 / batch / 122) / 2 + math.log2(32 / batch) / 2)
-    best = walk(ledger, scaled(best, 2.0**-halvings), 1)
-    tried = [best.turned(momentum=momentum) for momentum in MOMENTA]
-    best = min([best, *tried], key=lambda trial: mean_loss(ledger, trial, 1))
+    best = scaled(best, 2.0**-halvings)
+    momenta = MOMENTA[:3] if steps >= LONG else MOMENTA
+    tried = [best.turned(momentum=momentum) for momentum in momenta]
+    best = min(tried, key=lambda trial: mean_loss(ledger, trial, 1))
     return walk(ledger, best, 1)
 
 

@@ -6,12 +6,16 @@ loss of a few seeds, which are the same for all tries.
 """
 
 import dataclasses
+import itertools
 import statistics
+from collections.abc import Iterator
 
 from benchmarks.experiments.fair.entrants import Entrant
 from benchmarks.experiments.fair.trials import Ledger, Trial
 
 RATE = "learning rate"
+TOGETHER = ("momentum", "optimistic", "nesterov")
+HEAD = "head start"
 
 
 class Search:
@@ -31,7 +35,11 @@ class Search:
         self._seen: dict[Trial, float] = {}
 
     def best(self, trial: Trial) -> Trial:
-        """Returns the best setting that was found from ``trial`` on."""
+        """Returns the best setting that was found from ``trial`` on.
+
+        At the end, in at most ten tries more, momentum and look ahead, which depend on each other,
+        are tried together, and all starts of the head, between whose best two lies a worse one.
+        """
         trial = self._walk_rate(trial)
         before = None
         while before != trial and self._left > 0:
@@ -40,7 +48,22 @@ class Search:
                 turned = self._turn(trial, knob)
                 if turned != trial:
                     trial = self._walk_rate(turned)
+        for values in (*self._together(), *self._heads()):
+            tried = min(self._seen, key=self._seen.__getitem__).turned(**values)
+            self._left = max(self._left, 1)
+            self._loss(tried)
         return min(self._seen, key=self._seen.__getitem__)
+
+    def _together(self) -> Iterator[dict[str, float]]:
+        moves = {
+            knob: self._entrant.moves[knob] for knob in TOGETHER if knob in self._entrant.moves
+        }
+        if len(moves) > 1:
+            for pair in itertools.product(*moves.values()):
+                yield dict(zip(moves, pair, strict=True))
+
+    def _heads(self) -> Iterator[dict[str, float]]:
+        yield from ({HEAD: value} for value in self._entrant.moves.get(HEAD, ()))
 
     def _loss(self, trial: Trial) -> float:
         if trial not in self._seen:

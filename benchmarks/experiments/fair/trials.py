@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from benchmarks.experiments.fair.entrants import FIXED, STARTS, Entrant, start
@@ -166,7 +167,7 @@ def compiled(shape: tuple[Any, ...], entrant: Entrant) -> tuple[Callable, Any]:
     return jax.jit(begin), jax.jit(train)
 
 
-def fall(count: jax.Array, steps: jax.Array) -> jax.Array:
+def fall(count: ArrayLike, steps: ArrayLike) -> jax.Array:
     """Returns the learning rate as a part of its largest: 1, then linearly to 0 at the end."""
-    decay = jnp.maximum(1, jnp.round(DECAYED * steps))
-    return jnp.clip((steps - count) / decay, 0.0, 1.0)
+    left = jnp.asarray(steps) - jnp.asarray(count)
+    return jnp.clip(left / jnp.maximum(1, jnp.round(DECAYED * jnp.asarray(steps))), 0.0, 1.0)
