@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from benchmarks.experiments.fair.entrants import BALLS, ENTRANTS, STARTS
 from benchmarks.experiments.fair.next_steps import NAMES, OURS, entrants
+from benchmarks.experiments.fair.picture import draw_widths
 from benchmarks.experiments.fair.search import RATE, Search, mean_loss, scaled, seeded, walk
 from benchmarks.experiments.fair.trials import Ledger, Trial
 
@@ -64,14 +65,19 @@ def tuned(ledger: Ledger, names: Sequence[str]) -> Table:
 
 def widths(ledger: Ledger, names: Sequence[str], sizes: Sequence[int] = WIDTHS) -> Table:
     """Carries the settings over to wider models."""
-    found = {name: settled(ledger, name) for name in names}
-    rows = []
+    found: dict[str, dict[int, Trial]] = {name: {} for name in names}
     for width in sizes:
-        for name, before in found.items():
+        for name, by_width in found.items():
+            before = list(by_width.values())[-1] if by_width else settled(ledger, name)
             setting = dataclasses.replace(before, width=width)
-            found[name] = best = walk(ledger, setting, SEEDS if width <= 128 else 1)
-            rows.append([name, str(width), rate_of(best), spread(ledger, best)])
-    rows.sort(key=lambda row: names.index(row[0]))
+            by_width[width] = walk(ledger, setting, SEEDS if width <= 128 else 1)
+            spread(ledger, by_width[width])
+    draw_widths(ledger, found, ledger.path.with_suffix(".png"))
+    rows = [
+        [name, str(width), rate_of(best), spread(ledger, best)]
+        for name, by_width in found.items()
+        for width, best in by_width.items()
+    ]
     return Table("Wider, 122 steps", ["optimizer", "width", RATE, "loss"], rows)
 
 

@@ -80,6 +80,10 @@ class Ledger:
                 self._losses[trial] = run["loss"], run["seconds"]
         self._bar = tqdm(initial=len(self._losses), unit="run", leave=False)
 
+    def __contains__(self, trial: Trial) -> bool:
+        """Whether a trial has been made."""
+        return trial in self._losses
+
     def losses(self, trials: Iterable[Trial]) -> list[float]:
         """Returns the validation losses at the end; infinite where a run diverged."""
         found = []
@@ -89,10 +93,6 @@ class Ledger:
             loss, _ = self._losses[trial]
             found.append(loss if np.isfinite(loss) else np.inf)
         return found
-
-    def seconds(self, trial: Trial) -> float:
-        """Returns the processor time that a trial took."""
-        return self._losses[trial][1]
 
     def _make(self, trial: Trial) -> None:
         self._bar.set_description(f"{trial.entrant} {trial.width}")
