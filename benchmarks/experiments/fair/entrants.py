@@ -122,7 +122,7 @@ _SCION_MOVES = {
     "momentum": MOMENTA,
     "optimistic": (0.0, 1.0),
     **STARTS,
-    "head radius": (1.0, 4.0, 16.0, 64.0),
+    "head radius": (1.0, 4.0, 8.0, 16.0, 32.0, 64.0),
     "embedding radius": (0.5, 2.0, 8.0),
 }
 

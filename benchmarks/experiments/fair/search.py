@@ -37,8 +37,8 @@ class Search:
     def best(self, trial: Trial) -> Trial:
         """Returns the best setting that was found from ``trial`` on.
 
-        At the end, in at most ten tries more, momentum and look ahead, which depend on each other,
-        are tried together, and all starts of the head, between whose best two lies a worse one.
+        At the end, in at most eight tries more, momentum and look ahead are tried together, since
+        they depend on each other.
         """
         trial = self._walk_rate(trial)
         before = None
@@ -48,7 +48,7 @@ class Search:
                 turned = self._turn(trial, knob)
                 if turned != trial:
                     trial = self._walk_rate(turned)
-        for values in (*self._together(), *self._heads()):
+        for values in self._together():
             tried = min(self._seen, key=self._seen.__getitem__).turned(**values)
             self._left = max(self._left, 1)
             self._loss(tried)
@@ -61,9 +61,6 @@ class Search:
         if len(moves) > 1:
             for pair in itertools.product(*moves.values()):
                 yield dict(zip(moves, pair, strict=True))
-
-    def _heads(self) -> Iterator[dict[str, float]]:
-        yield from ({HEAD: value} for value in self._entrant.moves.get(HEAD, ()))
 
     def _loss(self, trial: Trial) -> float:
         if trial not in self._seen:
@@ -83,6 +80,8 @@ class Search:
 
     def _turn(self, trial: Trial, knob: str) -> Trial:
         values = self._entrant.moves[knob]
+        if knob == HEAD:  # a worse value lies between the best two
+            return min((trial.turned(**{HEAD: value}) for value in values), key=self._loss)
         best, at = trial, values.index(dict(trial.knobs)[knob])
         for direction in (1, -1):
             index = at + direction
