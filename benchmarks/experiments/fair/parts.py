@@ -70,7 +70,7 @@ def widths(ledger: Ledger, names: Sequence[str], sizes: Sequence[int] = WIDTHS) 
         for name, by_width in found.items():
             before = list(by_width.values())[-1] if by_width else settled(ledger, name)
             setting = dataclasses.replace(before, width=width)
-            by_width[width] = walk(ledger, setting, SEEDS if width <= 128 else 1)
+            by_width[width] = walk(ledger, setting, TUNING_SEEDS if width == 64 else 1)
             spread(ledger, by_width[width])
     draw_widths(ledger, found, ledger.path.with_suffix(".png"))
     rows = [
