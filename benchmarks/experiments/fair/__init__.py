@@ -1,0 +1,1 @@
+"""A fair comparison: everybody tuned with the same budget, once, at a small width."""
