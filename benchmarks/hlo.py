@@ -262,8 +262,9 @@ def cost(text: str) -> Cost:
         for part, place in ((instruction, places[id(instruction)]), *module.parts(instruction)):
             if part.opcode in ("dot", "convolution"):
                 work += module.products(part, place)
-            # A TPU may spread one collective over several fusions, all of one channel.
-            channel = re.search(r"channel_id=(\d+)", part.rest)
+            # A TPU may spread one collective over several fusions, all of one channel. Outside of
+            # them `shard_map` gives one channel to all collectives of a kind.
+            channel = re.search(r"channel_id=(\d+)", part.rest) if part is not instruction else None
             known = channel is not None and channel[1] in channels
             if part.kind in COLLECTIVES and not known:
                 channels.update(channel.groups() if channel else ())

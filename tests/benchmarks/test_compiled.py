@@ -54,6 +54,12 @@ def test_loops_count_by_their_rounds():
     assert cost.collective_bytes == 3 * 4 * 8 * 4
 
 
+def test_collectives_of_one_channel_count_each():
+    again = "  %v = f32[4,8]{1,0} all-reduce(%z), channel_id=1, to_apply=%sum\n  ROOT %t"
+    text = LOOP.replace("to_apply=%sum", "channel_id=1, to_apply=%sum")
+    assert hlo.cost(text.replace("  ROOT %t", again, 1)).collectives == {"all-reduce": 6}
+
+
 def test_unknown_rounds_are_an_error():
     with pytest.raises(ValueError, match="rounds of the loop w are unknown"):
         hlo.cost(LOOP.replace("s32[] constant(6)", "s32[] custom-call()"))
