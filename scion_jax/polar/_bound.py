@@ -41,15 +41,15 @@ def spectral_norm_bound(grid: jax.Array) -> jax.Array:
 
 def _bound(grid: jax.Array, products: Products) -> jax.Array:
     x = along_longer_side(grid)
-    bound = numerics.vector_norm(x, (0, 2, 3))
+    bound = numerics.vector_norm(x, (0, 2, 3))[0]
     # (X Xᵀ)^(2^k), divided by its norm after every squaring to stay in range: that lies in
     # [1/√n, 1], so its square does, too. The powers of the divisors multiply up to the norm sought:
     # each counts half as much as the one before it.
-    gram = products.gram(x / numerics.nonzero(bound))
+    gram = products.gram(x / numerics.nonzero(bound)[None])
     for k in range(_SQUARINGS + 1):
         scale = numerics.power(jnp.sum(gram * gram, axis=(1, 2), keepdims=True), 0.5)
         bound = bound * numerics.power(scale, 1 / 2 ** (k + 1))
         if k < _SQUARINGS:
             gram = gram / numerics.nonzero(scale)
             gram = products.commuting(gram, gram)
-    return bound[None]
+    return bound[None, None]

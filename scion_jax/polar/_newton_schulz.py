@@ -33,7 +33,8 @@ Gaussian 768 × 768 matrix by a factor of 4.4. That is worth more than a further
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ class Products:
 
     def times(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Computes `x y`, for `(…, n, m)`."""
-        return self._einsum("...ij,...jk->...ik", x, y)
+        return self._product(jnp.matmul, x, y)
 
     def gram(self, x: jax.Array) -> jax.Array:
         """Computes `X Xᵀ`, or `Xᵀ X` of tall matrices: `(batch, n, n)`."""
@@ -95,9 +96,11 @@ class Products:
         return jnp.sum(sums, axis=(0, 1, 3, 4))[:, None, None] / 8
 
     def _einsum(self, indices: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return self._product(functools.partial(jnp.einsum, indices), x, y)
+
+    def _product(self, multiply: Callable[..., jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
         # Accelerators would round float32 factors; who wants that asks for bfloat16.
-        return jnp.einsum(
-            indices,
+        return multiply(
             x.astype(self.dtype),
             y.astype(self.dtype),
             precision=jax.lax.Precision.HIGHEST,
@@ -158,14 +161,14 @@ def newton_schulz(
     info = jnp.finfo(size.dtype)
     power = jax.lax.reduce_precision(jnp.minimum(size, 2.0 ** (info.maxexp - 2)), info.nexp, 0)
     scale = jnp.where(power == 0, 0, 1 / numerics.nonzero(power))  # zero stays zero, for `grad` too
-    x = along_longer_side((grid * scale.astype(grid.dtype)).astype(products.dtype))
+    x = along_longer_side((grid * scale.astype(grid.dtype)[None, None]).astype(products.dtype))
     pieces, _, *sides = x.shape
     n, m = sides[::-1] if products.tall else sides
     first, *rest = groups(n, pieces * m, len(steps), products.dtype)
     gram = products.gram(x)
     size = numerics.nonzero(_squared_norm(gram, schatten))
     factor = _factor(_Shifted(0.0, gram / size), steps[:first], products)
-    x = (_applied(factor, x, products) / jnp.sqrt(size)).astype(products.dtype)
+    x = (_applied(factor, x, products) / jnp.sqrt(size)[None]).astype(products.dtype)
 
     def advance(x: jax.Array, group: Sequence[Any]) -> jax.Array:
         gram = _Shifted(0.0, products.gram(x)).moved(_expected(products.dtype))
@@ -185,7 +188,8 @@ def newton_schulz(
 
 def _applied(factor: _Shifted, x: jax.Array, products: Products) -> jax.Array:
     new = products.beside(factor.rest, x)
-    return _plus(factor.shift, x.astype(new.dtype), new)
+    shift = factor.shift if numerics.is_number(factor.shift) else factor.shift[None]
+    return _plus(shift, x.astype(new.dtype), new)
 
 
 def _plus(factor: float | jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -292,7 +292,7 @@ def rosenbrock(params):
 
 @every_optimizer
 def test_converges(case):
-    steps = 20_000
+    steps = 100_000
     schedule = optax.linear_schedule(0.005, 0.0, steps // case.calls_per_step)
 
     def minimize(norm, start, curved):
