@@ -188,8 +188,7 @@ def newton_schulz(
 
 def _applied(factor: _Shifted, x: jax.Array, products: Products) -> jax.Array:
     new = products.beside(factor.rest, x)
-    shift = factor.shift if numerics.is_number(factor.shift) else factor.shift[None]
-    return _plus(shift, x.astype(new.dtype), new)
+    return _plus(factor.shift, x.astype(new.dtype), new)
 
 
 def _plus(factor: float | jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
