@@ -46,9 +46,23 @@ class Case:
         return {path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in self.shapes.items()}
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether leaves hold several matrices, along their first axis."""
+        return any(len(shape) == 3 for shape in self.shapes.values())
+
+    @property
+    def matrices(self) -> list[jax.ShapeDtypeStruct]:
+        """All matrices, one by one."""
+        return [
+            jax.ShapeDtypeStruct(shape[-2:], jnp.float32)
+            for shape in self.shapes.values()
+            for _ in range(math.prod(shape[:-2]))
+        ]
+
+    @property
     def splits(self) -> dict[str, PartitionSpec]:
         """How each leaf is split."""
-        if math.prod(self.mesh.values()) == 1:
+        if not self.topology:
             return dict.fromkeys(self.shapes, P())
         return {path: self.apart.get(path.split("/")[-1], self.split) for path in self.shapes}
 

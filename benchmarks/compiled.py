@@ -14,7 +14,8 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -31,14 +32,23 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import scion_jax
-from benchmarks.block_trees import PEER, block_shapes
+from benchmarks.block_trees import PEER, necessary_flops
+from benchmarks.cases import CASES, Case, blocks
 from benchmarks.hlo import Cost, cost
 from benchmarks.reporting import markdown
 
 Build = Callable[[scion_jax.Spectral], optax.GradientTransformation]
 
+
+def _stacked(params: Any) -> Any:
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree.map(lambda _: numbers, params)
+
+
 OPTIMIZERS: dict[str, Build] = {
-    PEER: lambda norm: optax.contrib.muon(1e-3),
+    PEER: lambda norm: optax.contrib.muon(
+        1e-3, muon_weight_dimension_numbers=_stacked if norm.layout == "bio" else None
+    ),
     "unconstrained_scion": lambda norm: scion_jax.unconstrained_scion(1e-3, norm),
     "scion": lambda norm: scion_jax.scion(1e-3, norm),
     "scion_light": lambda norm: scion_jax.scion_light(1e-3, norm),
@@ -96,30 +106,22 @@ def make_mesh(
     return Mesh(devices.reshape(shape), names, axis_types=(getattr(AxisType, kind),) * len(names))
 
 
-def compile_step(
-    optimizer: optax.GradientTransformation,
-    layers: int,
-    width: int,
-    mesh: Mesh,
-    spec: PartitionSpec,
-) -> Compiled:
+def compile_step(optimizer: optax.GradientTransformation, case: Case, mesh: Mesh) -> Compiled:
     """Compiles an update and what follows, with parameters, gradients and state split alike.
 
     Args:
         optimizer: The optimizer.
-        layers: Layers of the block tree.
-        width: Its width.
+        case: The parameters, and how they are split.
         mesh: The devices.
-        spec: How matrices are split.
 
     Returns:
         What the compiler says.
     """
-    rank = len(spec)
-    spec = spec if mesh.size > 1 else PartitionSpec()
+    splits = case.splits
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        there = spec if leaf.ndim == rank else PartitionSpec()
+    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        there = splits[names[-1]] if names and leaf.ndim > 1 else PartitionSpec()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, there))
 
     def step(params, state, gradients):
@@ -127,8 +129,9 @@ def compile_step(
         return optax.apply_updates(params, updates), state
 
     with jax.set_mesh(mesh):
-        params = jax.tree.map(placed, block_shapes(layers, width))
-        state = jax.tree.map(placed, jax.eval_shape(optimizer.init, params))
+        params = jax.tree_util.tree_map_with_path(placed, case.tree)
+        state = jax.eval_shape(optimizer.init, params)
+        state = jax.tree_util.tree_map_with_path(placed, state)
         results = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
         lowered = jitted.lower(params, state, params)
@@ -165,34 +168,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--case", choices=CASES, help="a tree and its mesh, see cases.py; then only --kind counts")
     add("--topology", help="such as v5e:2x4, v5e:8x8 or v4:2x2x1 (default: one v5e chip)")
     add("--target", metavar="FILE", help="a GPU's target_config; --topology is then like 1x1x8")
     add("--mesh", default="fsdp=-1", help="axes, such as data=2,fsdp=-1 (default: fsdp=-1)")
     add("--split", default="fsdp,", help="axes that split a matrix (default: 'fsdp,', its rows)")
-    add("--kind", choices=("Explicit", "Auto"), default="Explicit", help="axes of the mesh")
+    add("--kind", choices=("Explicit", "Auto"), help="axes of the mesh (default: Explicit)")
     add("--layers", type=int, default=4)
     add("--width", type=int, default=768)
     add("--dtype", choices=("default", "bfloat16", "float32"), default="default", help="compute")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS])
     options = parser.parse_args(arguments)
-    axes = dict(axis.split("=") for axis in options.mesh.split(","))
-    sizes = [int(size) for size in axes.values()]
+    axes = {name: int(size) for name, size in (a.split("=") for a in options.mesh.split(","))}
     spec = PartitionSpec(*(name or None for name in options.split.split(",")))
+    own = Case(blocks(options.layers, options.width), options.topology, axes, spec)
+    case = CASES[options.case] if options.case else own
+    case = replace(case, kind=options.kind or case.kind)
     dtype = None if options.dtype == "default" else jnp.dtype(options.dtype)
-    norm = scion_jax.Spectral(orthogonalizer=scion_jax.NewtonSchulz(compute_dtype=dtype))
-    results = {}
+    method = scion_jax.NewtonSchulz(compute_dtype=dtype)
+    norm = scion_jax.Spectral(layout="bio" if case.is_stacked else None, orthogonalizer=method)
+    # On an accelerator the default is bfloat16.
+    counted = scion_jax.NewtonSchulz(compute_dtype=dtype or jnp.bfloat16)
+    results, idle = {}, {}
     for name in options.optimizers:
         # Optax's muon cannot be traced on Explicit axes.
-        kind = "Auto" if name == PEER else options.kind
-        mesh = make_mesh(options.topology, options.target, sizes, tuple(axes), kind)
-        results[name] = compile_step(
-            OPTIMIZERS[name](norm), options.layers, options.width, mesh, spec
+        kind = "Auto" if name == PEER else case.kind
+        mesh = make_mesh(
+            case.topology, options.target, [*case.mesh.values()], tuple(case.mesh), kind
         )
-    place = options.topology or ("one GPU" if options.target else "one v5e chip")
-    print(
-        f"{place}, {options.mesh}, {options.kind}; {options.layers} layers, JAX {jax.__version__}"
-    )
+        results[name] = compile_step(OPTIMIZERS[name](norm), case, mesh)
+        if name != PEER and results[name].cost.flops:
+            work = necessary_flops(case.matrices, counted)
+            idle[name] = 1 - work / (results[name].cost.flops * mesh.size)
+    place = case.topology or ("one GPU" if options.target else "one v5e chip")
+    mesh_axes = ",".join(f"{axis}={size}" for axis, size in case.mesh.items())
+    tree = options.case or f"{options.layers} layers"
+    print(f"{place}, {mesh_axes}, {case.kind}; {tree}, JAX {jax.__version__}")
     print(table(results), sep="\n\n")
+    for name, share in idle.items():
+        print(f"{name}: {share:.0%} of the products are of padding")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from scion_jax import NewtonSchulz
 from scion_jax.polar._coefficients import steps_of
-from scion_jax.polar._cpu import default_dtype
 from scion_jax.polar._newton_schulz import groups
 
 
@@ -18,7 +17,7 @@ def flops(method: NewtonSchulz, rows: int, columns: int) -> int:
     and m ≥ n columns.
 
     Args:
-        method: The iteration; without a compute dtype it has that of this machine's CPU.
+        method: The iteration; without a compute dtype it has that of CPUs, float32.
         rows: Number of rows.
         columns: Number of columns.
 
@@ -26,7 +25,6 @@ def flops(method: NewtonSchulz, rows: int, columns: int) -> int:
         Multiplications and additions; CPUs may save some.
     """
     n, m = sorted((rows, columns))
-    stated = method.compute_dtype
-    dtype = default_dtype(jnp.dtype(jnp.bfloat16)) if stated is None else jnp.dtype(stated)
+    dtype = jnp.dtype(method.compute_dtype or jnp.float32)
     steps = len(steps_of(method.coefficients, method.steps))
     return sum(2 * n * n * (2 * m + (4 * k - 3) * n) for k in groups(n, m, steps, dtype))

@@ -205,8 +205,13 @@ class Module:
         entries = sum(_entries(shape) for _, shape in _SHAPE.findall(instruction.result)[:1])
         left = self.computations[computation][instruction.operands[0]]
         sizes = [int(size) for size in _SHAPE.findall(left.result)[0][1].split(",") if size]
-        if labels := re.search(r"dim_labels=(\w+)_", instruction.rest):
-            return 2 * entries * sizes[labels[1].index("f")]
+        if labels := re.search(r"dim_labels=(\w+)_\w+->(\w+)", instruction.rest):
+            # An axis that the window takes whole, once, is summed over; others are TPUs' batches.
+            shape = [int(n) for n in _SHAPE.findall(instruction.result)[0][1].split(",")]
+            window = re.search(r"window=\{size=([\dx]+)", instruction.rest)
+            taken = [int(size) for size in window[1].split("x")] if window else []
+            summed = [n for k, n in enumerate(taken) if shape[labels[2].index(str(k))] == 1]
+            return 2 * entries * sizes[labels[1].index("f")] * math.prod(summed)
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
         axes = contracted[1].split(",") if contracted else [str(len(sizes) - 1)]
         return 2 * entries * math.prod(sizes[int(axis)] for axis in axes if axis)

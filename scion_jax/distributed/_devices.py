@@ -43,7 +43,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from scion_jax import _sharding as sharding
 from scion_jax.distributed._stacks import Stacks
-from scion_jax.distributed._ways import Compute, Way, padded, there_and_back
+from scion_jax.distributed._ways import Way, Work, padded, there_and_back
 
 
 def check_shard_over(shard_over: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -115,7 +115,8 @@ def over_devices(
     for index, stack in enumerate(stacks.joined):
         by_mesh.setdefault(_mesh_of(stack), []).append(index)
     for mesh, members in by_mesh.items():
-        spread = _spread(compute, [stacks.joined[i] for i in members], shard_over, mesh, numbers)
+        some = [stacks.joined[i] for i in members]
+        spread = _spread(Work(compute, numbers), some, shard_over, mesh)
         for index, result in zip(members, spread, strict=True):
             results[index] = result
     return stacks.split(results)
@@ -135,14 +136,10 @@ def _kind(index: int, stack: jax.Array) -> tuple[object, ...]:
 
 
 def _spread(
-    compute: Compute,
-    stacks: list[jax.Array],
-    names: tuple[str, ...] | None,
-    mesh: AbstractMesh,
-    numbers: bool,
+    work: Work, stacks: list[jax.Array], names: tuple[str, ...] | None, mesh: AbstractMesh
 ) -> list[jax.Array]:
     if names and all(map(_is_mapped, names)):
-        return _over_mapped_axes(compute, stacks, names, numbers)
+        return _over_mapped_axes(work, stacks, names)
     default = mesh.explicit_axes or (() if mesh.manual_axes else mesh.auto_axes)
     chosen = default if names is None else names
     unknown = [name for name in chosen if name not in mesh.axis_names]
@@ -154,7 +151,7 @@ def _spread(
         )
     several = tuple(name for name in chosen if mesh.shape[name] > 1)
     over_axes = _over_auto_axes if set(several) - set(mesh.explicit_axes) else _over_explicit_axes
-    return over_axes(compute, stacks, several, mesh, numbers)
+    return over_axes(work, stacks, several, mesh)
 
 
 def _is_mapped(name: str) -> bool:
@@ -166,38 +163,33 @@ def _is_mapped(name: str) -> bool:
 
 
 def _over_mapped_axes(
-    compute: Compute, stacks: list[jax.Array], names: tuple[str, ...], numbers: bool
+    work: Work, stacks: list[jax.Array], names: tuple[str, ...]
 ) -> list[jax.Array]:
     """Shares out what all devices have."""
-    ways = [
-        Way(shared=names if sharding.varying(stack).isdisjoint(names) else ())
-        if stack.shape[0] > 1
-        else Way()
-        for stack in stacks
-    ]
-    return there_and_back(compute, [sharding.replicate(stack) for stack in stacks], ways, numbers)
+
+    def is_spread(stack: jax.Array) -> bool:
+        return stack.shape[0] > 1 and sharding.varying(stack).isdisjoint(names)
+
+    ways = [Way(shared=names if is_spread(stack) else ()) for stack in stacks]
+    return there_and_back(work, list(map(sharding.replicate, stacks)), ways)
 
 
 def _over_explicit_axes(
-    compute: Compute,
-    stacks: list[jax.Array],
-    names: tuple[str, ...],
-    mesh: AbstractMesh,
-    numbers: bool,
+    work: Work, stacks: list[jax.Array], names: tuple[str, ...], mesh: AbstractMesh
 ) -> list[jax.Array]:
     """Moves matrices by what their types say."""
     ways = [_way(stack, names) for stack in stacks]
     if not any(any(way) for way in ways):
         # Each alone: on an Auto mesh they may be split in different ways.
         whole = [[sharding.replicate(stack)] for stack in stacks]
-        return [there_and_back(compute, one, [Way()], numbers)[0] for one in whole]
+        return [there_and_back(work, one, [Way()])[0] for one in whole]
     there = []
     for stack, way in zip(stacks, ways, strict=True):
         stack = jax.sharding.reshard(stack, NamedSharding(mesh, way.spec))
         devices = math.prod(mesh.shape[name] for name in sum(way, ()))
         there.append(stack if way.own else padded(stack, devices))
-    results = _on_mesh(compute, there, ways, mesh, numbers)
-    return list(map(sharding.replicate, results)) if numbers else results
+    results = _on_mesh(work, there, ways, mesh)
+    return list(map(sharding.replicate, results)) if work.numbers else results
 
 
 def _way(stack: jax.Array, names: tuple[str, ...]) -> Way:
@@ -211,11 +203,7 @@ def _way(stack: jax.Array, names: tuple[str, ...]) -> Way:
 
 
 def _over_auto_axes(
-    compute: Compute,
-    stacks: list[jax.Array],
-    names: tuple[str, ...],
-    mesh: AbstractMesh,
-    numbers: bool,
+    work: Work, stacks: list[jax.Array], names: tuple[str, ...], mesh: AbstractMesh
 ) -> list[jax.Array]:
     """Tells the compiler, which knows how matrices are split, where they are to be."""
 
@@ -224,29 +212,36 @@ def _over_auto_axes(
             stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, spec))
         return stack
 
-    devices = math.prod(mesh.shape[name] for name in names)
-    ways = [Way(own=names if stack.shape[0] > 1 else ()) for stack in stacks]
-    # One axis moves at a time; all at once would be gathered.
-    free = (PartitionSpec.UNCONSTRAINED,) * 2
-    stages = [PartitionSpec(names[:count] or None, *free) for count in range(len(names))]
+    def stages(way: Way) -> list[PartitionSpec]:
+        # One axis moves at a time; all at once would be gathered.
+        free = (PartitionSpec.UNCONSTRAINED,) * 2
+        return [PartitionSpec(way.own[:count] or None, *free) for count in range(len(way.own))]
+
+    ways = []
+    for stack in stacks:
+        own = sharding.names_of(jax.typeof(stack).sharding.spec[0])
+        axes = (*(name for name in own if name not in names), *names)
+        ways.append(Way(axes if stack.shape[0] > 1 else ()))
     there = [
-        moved(padded(stack, devices), [*stages, way.spec]) if way.own else moved(stack, [way.spec])
+        moved(
+            padded(stack, math.prod(mesh.shape[name] for name in way.own)),
+            [*stages(way), way.spec],
+        )
         for stack, way in zip(stacks, ways, strict=True)
     ]
-    results = _on_mesh(compute, there, ways, mesh, numbers)
-    back = [PartitionSpec(None, None, None)] if numbers else stages[::-1]
+    results = _on_mesh(work, there, ways, mesh)
     return [
-        moved(result, back) if way.own else result
+        moved(result, [PartitionSpec(None, None, None)] if work.numbers else stages(way)[::-1])
         for result, way in zip(results, ways, strict=True)
     ]
 
 
 def _on_mesh(
-    compute: Compute, stacks: list[jax.Array], ways: list[Way], mesh: AbstractMesh, numbers: bool
+    work: Work, stacks: list[jax.Array], ways: list[Way], mesh: AbstractMesh
 ) -> list[jax.Array]:
     return jax.shard_map(
-        lambda stacks: there_and_back(compute, stacks, ways, numbers),
+        lambda stacks: there_and_back(work, stacks, ways),
         mesh=mesh,
         in_specs=([way.spec for way in ways],),
-        out_specs=[Way(way.own).spec if numbers else way.spec for way in ways],
+        out_specs=[Way(way.own).spec if work.numbers else way.spec for way in ways],
     )(stacks)

@@ -17,7 +17,17 @@ from jax.sharding import PartitionSpec
 
 from scion_jax import _sharding as sharding
 
-Compute = Callable[[Sequence[jax.Array]], list[jax.Array]]
+
+class Work(NamedTuple):
+    """What is computed of every matrix, on one device.
+
+    Attributes:
+        compute: Maps stacks in pieces to as many, or to numbers `(1, 1, batch, 1, 1)`.
+        numbers: Which of the two.
+    """
+
+    compute: Callable[[Sequence[jax.Array]], list[jax.Array]]
+    numbers: bool
 
 
 class Way(NamedTuple):
@@ -41,26 +51,23 @@ class Way(NamedTuple):
         return PartitionSpec(*(names or None for names in (self.own, self.rows, self.columns)))
 
 
-def there_and_back(
-    compute: Compute, stacks: Sequence[jax.Array], ways: Sequence[Way], numbers: bool
-) -> list[jax.Array]:
+def there_and_back(work: Work, stacks: Sequence[jax.Array], ways: Sequence[Way]) -> list[jax.Array]:
     """Moves stacks, computes, and moves the results back.
 
     Args:
-        compute: Maps the stacks, in pieces, to as many, or to numbers `(1, 1, batch, 1, 1)`.
+        work: What is computed.
         stacks: What this device has of each, `(batch, rows, columns)`.
         ways: Where each has to go.
-        numbers: Which of the two it is.
 
     Returns:
         What belongs to this device of each result. Numbers, `(batch, 1, 1)`, are those of all
         matrices that this device has a part of.
     """
     there = [_there(stack, way) for stack, way in zip(stacks, ways, strict=True)]
-    back = _numbers if numbers else _back
+    back = _numbers if work.numbers else _back
     return [
         back(result, way)[: stack.shape[0]]
-        for result, way, stack in zip(compute(there), ways, stacks, strict=True)
+        for result, way, stack in zip(work.compute(there), ways, stacks, strict=True)
     ]
 
 

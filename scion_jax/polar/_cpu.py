@@ -1,7 +1,8 @@
 """What only XLA's backend for CPUs wants; `jax.lax.platform_dependent` chooses it when lowering.
 
 - Chunks of 2 MiB, which stay in a core's cache.
-- float32 where the processor has no instructions for bfloat16, unless bfloat16 was asked for.
+- float32, unless bfloat16 was asked for: many processors have no instructions for it, and a program
+  must not depend on the one that it was traced on.
 - Symmetric products with fewer multiplications, in float32. Of `C = A Bᵀ = Cᵀ` only the blocks on
   and above the diagonal are computed. XLA has no kernel for that, so blocks are multiplied:
 
@@ -16,9 +17,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,6 @@ from scion_jax.polar._newton_schulz import Products
 from scion_jax.polar._pieces import cut, is_tall, joined
 
 _SMALLEST_BLOCK = 192  # rows; smaller blocks keep a core less busy
-_DESCRIPTION = Path("/proc/cpuinfo")
 
 
 def by_platform(
@@ -62,31 +60,6 @@ def by_platform(
     return jax.lax.platform_dependent(
         grid, cpu=on_cpu, default=lambda grid: function(grid, Products(dtype, tall))
     )
-
-
-def multiplies_bfloat16() -> bool:
-    """Tells whether products of bfloat16 matrices are faster than those of float32 ones.
-
-    JAX does not say which instructions a CPU has; Linux does, and on other systems the answer is
-    no.
-    """
-    return "avx512_bf16" in _flags(_DESCRIPTION)
-
-
-@functools.cache
-def _flags(description: Path) -> frozenset[str]:
-    try:
-        lines = description.read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
-    return frozenset(next(flags, "").split())
-
-
-def default_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Replaces bfloat16 where it is slow: the compute dtype if none was asked for."""
-    slow = dtype == jnp.bfloat16 and not multiplies_bfloat16()
-    return jnp.dtype(jnp.float32) if slow else dtype
 
 
 class CpuProducts(Products):

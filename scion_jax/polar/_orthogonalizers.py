@@ -21,7 +21,7 @@ from scion_jax import _numerics as numerics
 from scion_jax import _sharding as sharding
 from scion_jax._checks import check_array, check_dtype
 from scion_jax.polar._coefficients import Step, schatten_of, steps_of
-from scion_jax.polar._cpu import by_platform, default_dtype
+from scion_jax.polar._cpu import by_platform
 from scion_jax.polar._newton_schulz import newton_schulz
 from scion_jax.polar._pieces import cut, joined
 
@@ -85,9 +85,9 @@ class NewtonSchulz(Orthogonalizer):
         steps: Number of steps; None means 4 for `"minimax"`, 5 for the other names, and the length
             of a given sequence.
         compute_dtype: Dtype of the matrix products' factors; sums are taken in at least float32.
-            None means float64 for float64 matrices, bfloat16 for all others (singular values then
-            exceed 1 by up to 0.005), except that CPUs without AVX-512 BF16 take float32: processes
-            of one program on different kinds of CPUs have to state it.
+            None means float64 for float64 matrices; for all others bfloat16 (singular values then
+            exceed 1 by up to 0.005), but float32 on CPUs. A CPU with instructions for bfloat16
+            (AVX-512 BF16) is faster with `jnp.bfloat16`, others are slower.
         schatten: Which Schatten norm is divided by: 2, the Frobenius norm, as published, or 4,
             which is closer to the largest singular value and leaves the others further from 0.
             None means 2 for `"quintic"` and given sequences, else 4.
@@ -155,7 +155,7 @@ def _iterated(grid: jax.Array, method: NewtonSchulz) -> jax.Array:
         lambda x, products: newton_schulz(x, steps, schatten, products),
         grid,
         dtype,
-        cpu_dtype=dtype if method.compute_dtype else default_dtype(dtype),
+        cpu_dtype=dtype if method.compute_dtype else numerics.widest(dtype, jnp.float32),
     )
 
 
