@@ -2,7 +2,9 @@
 
     python -m benchmarks.compiled                                # TPU v5e, one chip, 4 layers
     python -m benchmarks.compiled --topology v5e:2x4 --layers 12 # 8 chips, FSDP
+    python -m benchmarks.compiled --case llama                   # a case of cases.py
     python -m benchmarks.compiled --target h100.textproto        # a GPU (jax[cuda13] is needed)
+    python -m benchmarks.compiled --peer path/to/file.py:build   # build(shapes) is an optimizer
 
 The dependency group `compiled` installs the TPU's compiler. An update with `optax.apply_updates`,
 donated, is compiled for block trees (see block_trees.py). Cycles are the compiler's own estimate,
@@ -11,6 +13,7 @@ beside.
 """
 
 import argparse
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +79,16 @@ class Compiled:
     cost: Cost
     temporaries: int
     seconds: float
+
+
+def load(peer: str) -> Callable[[Any], optax.GradientTransformation]:
+    """Loads somebody's function from `path/to/file.py:function`."""
+    path, name = peer.rsplit(":", 1)
+    spec = importlib.util.spec_from_file_location("peer", path)
+    assert spec and spec.loader, f"{path} is not a Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def make_mesh(
@@ -176,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--kind", choices=("Explicit", "Auto"), help="axes of the mesh (default: Explicit)")
     add("--layers", type=int, default=4)
     add("--width", type=int, default=768)
+    add("--told", action="store_true", help="ours know the shardings: with_shardings")
+    add("--peer", action="append", default=[], metavar="FILE:FUNCTION", help="see above")
     add("--dtype", choices=("default", "bfloat16", "float32"), default="default", help="compute")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS])
     options = parser.parse_args(arguments)
@@ -189,21 +204,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     norm = scion_jax.Spectral(layout="bio" if case.is_stacked else None, orthogonalizer=method)
     # On an accelerator the default is bfloat16.
     counted = scion_jax.NewtonSchulz(compute_dtype=dtype or jnp.bfloat16)
+    built = {name: OPTIMIZERS[name](norm) for name in options.optimizers}
+    if options.told:
+        built = {
+            name: one if name == PEER else scion_jax.with_shardings(one, case.splits)
+            for name, one in built.items()
+        }
+    peers = {peer.rsplit(":", 1)[1]: load(peer)(case.tree) for peer in options.peer}
     results, idle = {}, {}
-    for name in options.optimizers:
+    for name, optimizer in (built | peers).items():
         # Optax's muon cannot be traced on Explicit axes.
-        kind = "Auto" if name == PEER else case.kind
+        kind = "Auto" if name == PEER or name in peers else case.kind
         mesh = make_mesh(
             case.topology, options.target, [*case.mesh.values()], tuple(case.mesh), kind
         )
-        results[name] = compile_step(OPTIMIZERS[name](norm), case, mesh)
-        if name != PEER and results[name].cost.flops:
+        results[name] = compile_step(optimizer, case, mesh)
+        if name in built and name != PEER and results[name].cost.flops:
             work = necessary_flops(case.matrices, counted)
             idle[name] = 1 - work / (results[name].cost.flops * mesh.size)
     place = case.topology or ("one GPU" if options.target else "one v5e chip")
     mesh_axes = ",".join(f"{axis}={size}" for axis, size in case.mesh.items())
     tree = options.case or f"{options.layers} layers"
-    print(f"{place}, {mesh_axes}, {case.kind}; {tree}, JAX {jax.__version__}")
+    versions = f"JAX {jax.__version__}, Optax {optax.__version__}"
+    print(f"{place}, {mesh_axes}, {case.kind}{', told' * options.told}; {tree}; {versions}")
     print(table(results), sep="\n\n")
     for name, share in idle.items():
         print(f"{name}: {share:.0%} of the products are of padding")

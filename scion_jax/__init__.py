@@ -41,5 +41,6 @@ from scion_jax.transforms import average_gradients as average_gradients
 from scion_jax.transforms import clip_by_pairing as clip_by_pairing
 from scion_jax.transforms import decay_weights as decay_weights
 from scion_jax.transforms import scale_by_lmo as scale_by_lmo
+from scion_jax.transforms import with_shardings as with_shardings
 
 __version__ = "0.1.0"

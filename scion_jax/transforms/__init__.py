@@ -10,3 +10,4 @@ from scion_jax.transforms._lmo import decay_weights as decay_weights
 from scion_jax.transforms._lmo import scale_by_lmo as scale_by_lmo
 from scion_jax.transforms._rounding import buffer_dtypes as buffer_dtypes
 from scion_jax.transforms._rounding import store as store
+from scion_jax.transforms._shardings import with_shardings as with_shardings

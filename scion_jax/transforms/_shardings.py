@@ -1,0 +1,87 @@
+"""How parameters are split, said where their types do not say it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def with_shardings(
+    optimizer: optax.GradientTransformation, shardings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Tells an optimizer how parameters are split over Auto mesh axes.
+
+    Types say nothing about Auto axes, so that an optimizer can only ask the compiler to move
+    matrices. During this update the axes are Explicit, and only what has to moves. Parameters,
+    gradients and whatever the state holds for each parameter are split alike, the rest of the state
+    is the same on all devices. On Explicit axes it changes nothing.
+
+    Args:
+        optimizer: Any Optax transformation.
+        shardings: A tree like the parameters, or a prefix of one, of `NamedSharding` or
+            `PartitionSpec`, such as `jax.tree.map(lambda x: x.sharding, params)` of arrays.
+
+    Returns:
+        The same optimizer, told so.
+
+    Raises:
+        TypeError: If a leaf of `shardings` is neither of the two.
+        ValueError: At `update`, if there is no mesh: neither one in force nor a `NamedSharding`'s.
+
+    Example:
+        >>> import scion_jax
+        >>> from jax.sharding import AxisType, PartitionSpec
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), (AxisType.Auto,))
+        >>> optimizer = with_shardings(scion_jax.scion(2**-6), PartitionSpec("fsdp", None))
+        >>> params = {"w": jax.numpy.eye(2)}
+        >>> with jax.set_mesh(mesh):
+        ...     state = optimizer.init(params)
+        ...     updates, state = jax.jit(optimizer.update)(params, state, params)
+        >>> updates["w"].shape
+        (2, 2)
+    """
+    for leaf in jax.tree.leaves(shardings):
+        if not isinstance(leaf, NamedSharding | PartitionSpec):
+            raise TypeError(
+                f"shardings holds {leaf!r}; each leaf is a PartitionSpec or a NamedSharding, such "
+                "as jax.tree.map(lambda x: x.sharding, params) of arrays on a mesh"
+            )
+    meshes = [x.mesh.abstract_mesh for x in jax.tree.leaves(shardings) if hasattr(x, "mesh")]
+    specs = jax.tree.map(lambda x: getattr(x, "spec", x), shardings)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        in_force = jax.sharding.get_abstract_mesh()
+        if in_force.empty and not meshes:
+            raise ValueError(
+                "with_shardings finds no mesh; call the optimizer under jax.set_mesh(mesh), or "
+                "give it NamedShardings, which know theirs"
+            )
+        mesh = meshes[0] if in_force.empty else in_force
+        inner = optax.with_extra_args_support(optimizer).update
+        if not mesh.auto_axes:
+            return inner(updates, state, params, **extra)
+        of_params = jax.tree.broadcast(specs, updates)
+        of_state = optax.tree.map_params(
+            optimizer,
+            lambda value, spec: value if _is_masked(value) else spec,
+            state,
+            of_params,
+            transform_non_params=lambda _: PartitionSpec(),
+            is_leaf=_is_masked,
+        )
+        explicit = jax.sharding.explicit_axes(
+            lambda *args: inner(*args, **extra),
+            axes=mesh.auto_axes,
+            in_sharding=(of_params, of_state, None if params is None else of_params),
+        )
+        with jax.sharding.use_abstract_mesh(mesh):
+            return explicit(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _is_masked(value: Any) -> bool:
+    return isinstance(value, optax.MaskedNode)
