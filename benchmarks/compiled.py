@@ -13,8 +13,8 @@ beside.
 """
 
 import argparse
-import importlib.util
 import os
+import runpy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -84,11 +84,7 @@ class Compiled:
 def load(peer: str) -> Callable[[Any], optax.GradientTransformation]:
     """Loads somebody's function from `path/to/file.py:function`."""
     path, name = peer.rsplit(":", 1)
-    spec = importlib.util.spec_from_file_location("peer", path)
-    assert spec and spec.loader, f"{path} is not a Python file"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    return runpy.run_path(path)[name]
 
 
 def make_mesh(

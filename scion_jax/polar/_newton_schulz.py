@@ -44,7 +44,7 @@ import numpy as np
 
 from scion_jax import _numerics as numerics
 from scion_jax.polar._coefficients import Step
-from scion_jax.polar._pieces import along_longer_side, as_grid
+from scion_jax.polar._pieces import along_longer_side, as_grid, one_by_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,9 @@ class Products:
 # lifts singular values to 1.2; of more, Gram matrices in float32 do not stay in a TPU's memory.
 _FEWEST, _MOST = 32, 4095
 
+# Bytes of a matrix from which a stack is slower than one after the other, and takes more memory.
+_LARGE = 2**26
+
 
 class _Shifted(NamedTuple):
     """Symmetric matrices `shift · I + rest`, rest `(batch, n, n)`."""
@@ -159,6 +162,8 @@ def newton_schulz(
         Matrices of the same shape and dtype. Zero gives zero; NaN and infinity give NaN, in their
         own matrix only.
     """
+    if grid.shape[2] > 1 and grid.nbytes // grid.shape[2] >= _LARGE:
+        return one_by_one(lambda x: newton_schulz(x, steps, schatten, products), grid)
     # Squares of entries and their sums then stay in range whatever the scale was. By a power of
     # two, which rounds nothing.
     size = jax.lax.stop_gradient(products.magnitude(grid))

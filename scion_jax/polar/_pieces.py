@@ -7,7 +7,7 @@ be a copy of every matrix, before and after.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,3 +47,13 @@ def cut(matrices: jax.Array, shape: Sequence[int]) -> jax.Array:
     down, across, batch, rows, columns = shape
     whole = matrices.reshape(batch, down, rows, across, columns)
     return jnp.transpose(whole, (1, 3, 0, 2, 4))
+
+
+def one_by_one(function: Callable[[jax.Array], jax.Array], grid: jax.Array) -> jax.Array:
+    """Replaces one matrix after the other by what a function makes of it, in place."""
+
+    def replace(index: jax.Array, grid: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_slice_in_dim(grid, index, 1, 2)
+        return jax.lax.dynamic_update_slice_in_dim(grid, function(one), index, 2)
+
+    return jax.lax.fori_loop(0, grid.shape[2], replace, grid)

@@ -11,6 +11,7 @@ import pytest
 
 from scion_jax import NewtonSchulz, Spectral, gauge_bounds, orthogonalize
 from scion_jax.polar import _cpu as cpu
+from scion_jax.polar import _newton_schulz as iteration
 from scion_jax.polar._coefficients import steps_of
 from scion_jax.polar._newton_schulz import Products, groups, newton_schulz
 from scion_jax.polar._pieces import cut, is_tall, joined
@@ -66,6 +67,23 @@ def test_cpus_compute_the_same(dtype, sizes):
     theirs = jax.jit(iterate(cpu.CpuProducts(dtype)))(x)
     tolerance = 2e-5 if dtype == FLOAT32 else 2e-2
     np.testing.assert_allclose(theirs, plain, atol=tolerance, equal_nan=False)
+
+
+def test_large_matrices_one_by_one(monkeypatch):
+    """The same, derivatives too; a NaN stays in its own matrix. Theirs is a lower limit here."""
+    x = jnp.asarray(gaussian((3, 16, 40), dtype=np.float32)).at[1, 0, 0].set(jnp.nan)
+
+    def both(x):
+        result, pull = jax.vjp(iterate(PlainProducts(FLOAT32)), x)
+        return result, *pull(jnp.sin(result))
+
+    stacked = both(x)
+    monkeypatch.setattr(iteration, "_LARGE", x[0].nbytes)
+    assert "while" in lowered(iterate(PlainProducts(FLOAT32)), x)
+    for one, other in zip(jax.jit(both)(x), stacked, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        assert np.isnan(one[1]).all()
+        assert np.isfinite(one[::2]).all()
 
 
 @pytest.mark.parametrize(
