@@ -13,6 +13,7 @@ beside.
 """
 
 import argparse
+import math
 import os
 import runpy
 import time
@@ -195,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = Case(blocks(options.layers, options.width), options.topology, axes, spec)
     case = CASES[options.case] if options.case else own
     case = replace(case, kind=options.kind or case.kind)
+    if options.case and options.target:
+        case = replace(case, topology=f"1x1x{math.prod(case.mesh.values())}")
     dtype = None if options.dtype == "default" else jnp.dtype(options.dtype)
     method = scion_jax.NewtonSchulz(compute_dtype=dtype)
     norm = scion_jax.Spectral(layout="bio" if case.is_stacked else None, orthogonalizer=method)

@@ -22,7 +22,7 @@ from benchmarks.experiments.fair.entrants import (
 from benchmarks.experiments.optimizers import LABELS
 from scion_jax import average_gradients, scale_by_lmo
 
-NAMES = ("weight decay", "cautious decay", "anchor", "fixed norm", "kept norm")
+NAMES = ("weight decay", "cautious decay", "anchor", "fixed norm")
 
 
 class Start(NamedTuple):
@@ -129,11 +129,6 @@ def _fixed_norm(rate: optax.Schedule, knobs: Knobs) -> optax.GradientTransformat
     return _chain(rate, knobs, step, after=_hidden_only(keep_norm()))
 
 
-def _kept_norm(rate: optax.Schedule, knobs: Knobs) -> optax.GradientTransformation:
-    """The same with the LMO's own length of steps."""
-    return _chain(rate, knobs, after=_hidden_only(keep_norm()))
-
-
 _DECAYS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0)
 OURS = ENTRANTS["unconstrained_scion"]
 
@@ -148,8 +143,5 @@ def entrants() -> dict[str, Entrant]:
             _fixed_norm,
             {"step": 0.5},
             {"step": (0.125, 0.25, 0.5, 1.0, 2.0), "hidden start": STARTS["hidden start"]},
-        ),
-        "kept norm": Entrant(
-            _kept_norm, {"hidden start": 1.0}, {"hidden start": STARTS["hidden start"]}
         ),
     }

@@ -21,6 +21,7 @@ from benchmarks.experiments.fair.trials import Ledger, Trial
 TRIES, TUNING_SEEDS = 28, 2
 SEEDS = 3
 WIDTHS = (64, 128, 256, 512)
+BLOCKS = (2, 4, 8, 16)
 LONG = 1000
 LONG_WIDTHS = (64, 128)
 MOMENTA = (0.05, 0.1, 0.2, 0.4)
@@ -79,6 +80,17 @@ def widths(ledger: Ledger, names: Sequence[str], sizes: Sequence[int] = WIDTHS) 
         for width, best in by_width.items()
     ]
     return Table("Wider, 122 steps", ["optimizer", "width", RATE, "loss"], rows)
+
+
+def depths(ledger: Ledger, names: Sequence[str], sizes: Sequence[int] = BLOCKS) -> Table:
+    """Carries the settings over to deeper models."""
+    rows = []
+    for name in names:
+        best = settled(ledger, name)
+        for blocks in sizes:
+            best = walk(ledger, dataclasses.replace(best, layers=blocks), 1)
+            rows.append([name, str(blocks), rate_of(best), spread(ledger, best)])
+    return Table("Deeper, width 64, 122 steps", ["optimizer", "blocks", RATE, "loss"], rows)
 
 
 @functools.cache
@@ -143,6 +155,7 @@ def next_steps(ledger: Ledger, names: Sequence[str]) -> Table:
     ours = settled(ledger, "unconstrained_scion")
     found = {"as tuned": ours}
     start = {name: BALLS[name] for name in STARTS}
+    found["hidden start 1"] = ours.turned(**{"hidden start": 1.0})  # as fixed norms start
     found["published start"] = walk(ledger, ours.turned(**start), TUNING_SEEDS)
     for name in NAMES:
         entrant = dataclasses.replace(OURS, **vars(entrants()[name]))
@@ -172,6 +185,7 @@ def own_knobs(name: str) -> list[str]:
 PARTS: dict[str, Callable[[Ledger, Sequence[str]], Table]] = {
     "tuned": tuned,
     "widths": widths,
+    "depths": depths,
     "lengths": lengths,
     "fewer_steps": fewer_steps,
     "batch_sizes": batch_sizes,
