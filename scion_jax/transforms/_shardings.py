@@ -8,6 +8,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from scion_jax._paths import leaf_path
+
 
 def with_shardings(
     optimizer: optax.GradientTransformation, shardings: Any
@@ -21,15 +23,17 @@ def with_shardings(
 
     Args:
         optimizer: Any Optax transformation.
-        shardings: A tree like the parameters, or a prefix of one, of `NamedSharding` or
-            `PartitionSpec`, such as `jax.tree.map(lambda x: x.sharding, params)` of arrays.
+        shardings: A tree with the paths of the parameters', or a prefix of one, of `NamedSharding`
+            or `PartitionSpec`, such as `jax.tree.map(lambda x: x.sharding, params)` of arrays, or
+            what `nnx.get_partition_spec` returns.
 
     Returns:
         The same optimizer, told so.
 
     Raises:
         TypeError: If a leaf of `shardings` is neither of the two.
-        ValueError: At `update`, if there is no mesh: neither one in force nor a `NamedSharding`'s.
+        ValueError: At `update`, if a parameter has no sharding, or if there is no mesh: neither one
+            in force nor a `NamedSharding`'s.
 
     Example:
         >>> import scion_jax
@@ -43,14 +47,26 @@ def with_shardings(
         >>> updates["w"].shape
         (2, 2)
     """
-    for leaf in jax.tree.leaves(shardings):
+    leaves = jax.tree_util.tree_leaves_with_path(shardings)
+    for _, leaf in leaves:
         if not isinstance(leaf, NamedSharding | PartitionSpec):
             raise TypeError(
                 f"shardings holds {leaf!r}; each leaf is a PartitionSpec or a NamedSharding, such "
                 "as jax.tree.map(lambda x: x.sharding, params) of arrays on a mesh"
             )
-    meshes = [x.mesh.abstract_mesh for x in jax.tree.leaves(shardings) if hasattr(x, "mesh")]
-    specs = jax.tree.map(lambda x: getattr(x, "spec", x), shardings)
+    meshes = [leaf.mesh.abstract_mesh for _, leaf in leaves if isinstance(leaf, NamedSharding)]
+    by_path = {leaf_path(keys): getattr(leaf, "spec", leaf) for keys, leaf in leaves}
+
+    def spec_of(keys: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        names = leaf_path(keys).split("/")
+        prefixes = ["/".join(names[:length]) for length in range(len(names), -1, -1)]
+        found = [by_path[prefix] for prefix in prefixes if prefix in by_path]
+        if not found:
+            raise ValueError(
+                f"shardings says nothing of {prefixes[0]!r}, of shape {leaf.shape}; it has "
+                f"{', '.join(map(repr, by_path))}. A PartitionSpec() says that it is not split"
+            )
+        return found[0]
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         in_force = jax.sharding.get_abstract_mesh()
@@ -63,7 +79,7 @@ def with_shardings(
         inner = optax.with_extra_args_support(optimizer).update
         if not mesh.auto_axes:
             return inner(updates, state, params, **extra)
-        of_params = jax.tree.broadcast(specs, updates)
+        of_params = jax.tree_util.tree_map_with_path(spec_of, updates)
         of_state = optax.tree.map_params(
             optimizer,
             lambda value, spec: value if _is_masked(value) else spec,

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,6 +62,31 @@ def test_mesh_of_the_shardings_and_prefixes():
     chex.assert_trees_all_close(result, update(scion(0.1, NORMS), params)[0], rtol=1e-5, atol=1e-5)
 
 
+class Network(nnx.Module):
+    def __init__(self, rngs):
+        start = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "fsdp"))
+        self.linear = nnx.Linear(16, 32, kernel_init=start, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    "shardings",
+    [nnx.get_partition_spec, lambda params: jax.tree.map(lambda x: x.sharding, params)],
+)
+def test_states_of_nnx(shardings):
+    """As what `nnx.Optimizer` passes on has no variables, but paths that are the same."""
+    with jax.set_mesh(make("8", "Auto")):
+        model = Network(nnx.Rngs(0))
+        params = nnx.state(model, nnx.Param)
+        params = jax.lax.with_sharding_constraint(params, nnx.get_partition_spec(params))
+        nnx.update(model, params)
+        told = with_shardings(scion(0.1, NORMS), shardings(params))
+        optimizer = nnx.Optimizer(model, told, wrt=nnx.Param)
+        nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.state(model, nnx.Param)))(
+            model, optimizer
+        )
+    assert model.linear.kernel.get_value().sharding.spec == P(None, "fsdp")
+
+
 def test_explicit_axes_and_no_params():
     """Where types say it, nothing changes; a stage without parameters gets none."""
     mesh = make("8", "Explicit")
@@ -86,7 +112,11 @@ def test_what_moves_is_what_moves_on_explicit_axes(spec):
 def test_refusals():
     with pytest.raises(TypeError, match=r"shardings holds 'fsdp'; each leaf is a PartitionSpec"):
         with_shardings(scion(0.1), {"a": "fsdp"})
-    told = with_shardings(scion(0.1, NORMS), P("fsdp"))
     params = {"a": tree()["a"]}
+    other = with_shardings(scion(0.1, NORMS), {"b": P("fsdp"), "c": P()})
+    message = r"says nothing of 'a', of shape \(16, 16\); it has 'b', 'c'\. A PartitionSpec\(\)"
+    with jax.set_mesh(make("8", "Auto")), pytest.raises(ValueError, match=message):
+        other.update(params, other.init(params), params)
+    told = with_shardings(scion(0.1, NORMS), P("fsdp"))
     with pytest.raises(ValueError, match=r"finds no mesh; call the optimizer under jax\.set_mesh"):
         told.update(params, told.init(params), params)
