@@ -110,8 +110,6 @@ def test_what_moves_is_what_moves_on_explicit_axes(spec):
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match=r"shardings holds 'fsdp'; each leaf is a PartitionSpec"):
-        with_shardings(scion(0.1), {"a": "fsdp"})
     params = {"a": tree()["a"]}
     other = with_shardings(scion(0.1, NORMS), {"b": P("fsdp"), "c": P()})
     message = r"says nothing of 'a', of shape \(16, 16\); it has 'b', 'c'\. A PartitionSpec\(\)"

@@ -34,6 +34,7 @@ from scion_jax import (
     scion_light,
     unconstrained_clipped_scion,
     unconstrained_scion,
+    with_shardings,
 )
 from tests.support.norms import NORMS
 
@@ -200,6 +201,7 @@ REFUSED = [
     (lambda: average_gradients(0.1, jnp.int8), TypeError, "floating"),
     (lambda: scale_by_lmo(Spectral), TypeError, "norm"),
     (lambda: decay_weights(-0.1, Auto()), ValueError, "at least 0"),
+    (lambda: with_shardings(scion(0.1), {"a": "fsdp"}), TypeError, "each leaf is a PartitionSpec"),
     (lambda: decay_weights(lambda count: 0.1, Auto()), TypeError, "weight_decay must be a n"),
     (lambda: label_by_path({"a": "b"}), TypeError, "a list of pairs"),
     (lambda: label_by_path("ab"), TypeError, "a list of pairs"),
