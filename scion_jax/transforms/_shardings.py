@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,7 +89,7 @@ def with_shardings(
             transform_non_params=lambda _: PartitionSpec(),
             is_leaf=_is_masked,
         )
-        explicit = jax.sharding.explicit_axes(
+        explicit: Callable[..., Any] = jax.sharding.explicit_axes(
             lambda *args: inner(*args, **extra),
             axes=mesh.auto_axes,
             in_sharding=(of_params, of_state, None if params is None else of_params),
