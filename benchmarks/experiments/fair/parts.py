@@ -115,7 +115,7 @@ def lengths(ledger: Ledger, names: Sequence[str], sizes: Sequence[int] = LONG_WI
             best = dataclasses.replace(before, width=width)
             found[name] = best = best if width == 64 else walk(ledger, best, 1)
             momentum = shown(dict(best.knobs)["momentum"])
-            rows.append([name, str(width), rate_of(best), momentum, spread(ledger, best, 2)])
+            rows.append([name, str(width), rate_of(best), momentum, spread(ledger, best)])
     rows.sort(key=lambda row: names.index(row[0]))
     return Table(f"{LONG:,} steps", ["optimizer", "width", RATE, "momentum", "loss"], rows)
 
