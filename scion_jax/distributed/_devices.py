@@ -18,6 +18,8 @@ for the default. Which way the information comes in decides how this is written,
   share of the stack and results are gathered, which costs less than doing all the work everywhere.
   Types do not say which axes these are, so they are to come first, in the mesh (as in `("data",
   "fsdp")`) or in `shard_over`: what follows then moves a share only.
+  With `with_shardings`, which says how parameters are split, an update runs on Explicit axes
+  instead.
 - **Auto mesh not in force** (arrays were put on it, `jit` has `in_shardings`): there is nothing
   that says so. No default and no names: the compiler does as it thinks best, which is to gather.
 - **Inside `shard_map` or `pmap`**, with replicated parameters and averaged gradients: `shard_over`

@@ -157,7 +157,9 @@ class Norm(abc.ABC):
         Returns:
             Array of shape `axes.shape`, at least float32.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a polar_method, but no from_polar")
+        raise TypeError(
+            f"{type(self).__name__} has a polar_method, so it needs from_polar(polar, axes), too"
+        )
 
     def from_spectral_norm(self, spectral_norm: jax.Array, axes: Axes) -> jax.Array:
         """Makes `unit_gauge` of a block, or bounds of it, from those of spectral norms.
@@ -169,7 +171,10 @@ class Norm(abc.ABC):
         Returns:
             For each matrix the norm, in any shape.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a polar_method, but no bound")
+        raise TypeError(
+            f"{type(self).__name__} has a polar_method, so its gauge needs "
+            "from_spectral_norm(spectral_norm, axes), too"
+        )
 
     def read(self, shape: tuple[int, ...], name: str = "") -> Layout:
         """Reads this norm's layout against a shape.

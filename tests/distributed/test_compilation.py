@@ -81,6 +81,19 @@ class Orthogonal(Norm):
         return jnp.zeros(axes.shape)
 
 
+class Unfinished(Orthogonal):
+    from_polar = Norm.from_polar
+
+
+def test_an_own_norm_says_what_it_lacks():
+    params = {"w": jnp.ones((4, 6))}
+    optimizer = scion_jax.unconstrained_scion(0.1, Unfinished())
+    with pytest.raises(TypeError, match=r"Unfinished has a polar_method, so it needs from_polar"):
+        optimizer.update(params, optimizer.init(params))
+    with pytest.raises(TypeError, match=r"Orthogonal .* its gauge needs from_spectral_norm"):
+        scion_jax.gauge_bounds(params, Orthogonal())
+
+
 def test_an_own_norm_shares_the_iteration():
     """Its matrices are stacked with everybody's."""
     rng = np.random.default_rng(0)

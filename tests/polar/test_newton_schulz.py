@@ -78,6 +78,7 @@ def test_large_matrices_one_by_one(monkeypatch):
         return result, *pull(jnp.sin(result))
 
     stacked = both(x)
+    assert "while" not in lowered(iterate(PlainProducts(FLOAT32)), x)
     monkeypatch.setattr(iteration, "_LARGE", x[0].nbytes)
     assert "while" in lowered(iterate(PlainProducts(FLOAT32)), x)
     for one, other in zip(jax.jit(both)(x), stacked, strict=True):
