@@ -116,7 +116,9 @@ class Products:
 # lifts singular values to 1.2; of more, Gram matrices in float32 do not stay in a TPU's memory.
 _FEWEST, _MOST = 32, 4095
 
-# Bytes of a matrix from which a stack is slower than one after the other, and takes more memory.
+# Bytes of a matrix from which a stack is slower than one after the other, and takes more memory. What
+# is made of such a one is rounded before it is used: TPUs' compiler would keep it in float32, in more
+# memory, and round whatever part of it a product needs, over and over.
 _LARGE = 2**26
 
 
@@ -132,11 +134,12 @@ class _Shifted(NamedTuple):
         t, n = other
         return _Shifted(s * t, _plus(s, n, _plus(t, m, products.commuting(m, n))))
 
-    def polynomial(self, step: Step, products: Products) -> _Shifted:
+    def polynomial(self, step: Step, products: Products, large: bool = False) -> _Shifted:
         """Computes `a I + b X + c X²`."""
         a, b, c = step
         s, m = self
-        square = products.commuting(m, m)
+        factor = jax.lax.optimization_barrier(m.astype(products.dtype)) if large else m
+        square = products.commuting(factor, factor)
         return _Shifted(a + s * (b + c * s), (b + 2 * c * s) * m + c * square)
 
     def moved(self, shift: float) -> _Shifted:
@@ -162,7 +165,8 @@ def newton_schulz(
         Matrices of the same shape and dtype. Zero gives zero; NaN and infinity give NaN, in their
         own matrix only.
     """
-    if grid.shape[2] > 1 and grid.nbytes // grid.shape[2] >= _LARGE:
+    large = grid.nbytes // grid.shape[2] >= _LARGE
+    if large and grid.shape[2] > 1:
         return one_by_one(lambda x: newton_schulz(x, steps, schatten, products), grid)
     # Squares of entries and their sums then stay in range whatever the scale was. By a power of
     # two, which rounds nothing.
@@ -171,12 +175,14 @@ def newton_schulz(
     power = jax.lax.reduce_precision(jnp.minimum(size, 2.0 ** (info.maxexp - 2)), info.nexp, 0)
     scale = jnp.where(power == 0, 0, 1 / numerics.nonzero(power))  # zero stays zero, for `grad` too
     x = along_longer_side((grid * scale.astype(grid.dtype)[None, None]).astype(products.dtype))
+    if large and not products.tall:  # tall ones are rounded within their products
+        x = jax.lax.optimization_barrier(x)
     pieces, _, *sides = x.shape
     n, m = sides[::-1] if products.tall else sides
     first, *rest = groups(n, pieces * m, len(steps), products.dtype)
     gram = products.gram(x)
     size = numerics.nonzero(_squared_norm(gram, schatten))
-    factor = _factor(_Shifted(0.0, gram / size), steps[:first], products)
+    factor = _factor(_Shifted(0.0, gram / size), steps[:first], products, large)
     x = (_applied(factor, x, products) / jnp.sqrt(size)[None]).astype(products.dtype)
 
     def advance(x: jax.Array, group: Sequence[Any]) -> jax.Array:
@@ -222,13 +228,16 @@ def _squared_norm(gram: jax.Array, schatten: int) -> jax.Array:
     return numerics.power(jnp.sum(gram * gram, axis=(1, 2), keepdims=True), 0.5)
 
 
-def _factor(gram: _Shifted, steps: Sequence[Step], products: Products) -> _Shifted:
+def _factor(
+    gram: _Shifted, steps: Sequence[Step], products: Products, large: bool = False
+) -> _Shifted:
     """Computes `P`, a polynomial in the Gram matrix, for a group of steps.
 
     Args:
         gram: `R`, of the divided matrices.
         steps: The group's coefficients.
         products: How to multiply.
+        large: Whether `R` is to be rounded before it is used.
 
     Returns:
         The factors.
@@ -237,7 +246,7 @@ def _factor(gram: _Shifted, steps: Sequence[Step], products: Products) -> _Shift
     for index, step in enumerate(steps):
         if index:
             gram = gram.moved(expected)
-        polynomial = gram.polynomial(step, products)
+        polynomial = gram.polynomial(step, products, large and index == 0)
         if not expected:
             polynomial = polynomial.moved(0.0)
         factor = polynomial if factor is None else polynomial.times(factor, products)
