@@ -5,16 +5,23 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
-# Dtypes and the compiler's optimization are the defaults, what users run, but where a file says
-# `unoptimized`: it is about mathematics or about reading models, and compiling well tells nothing.
-# Splitting programs, to compile their parts at a time, costs a tenth where cores run tests anyway.
-flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
-# JAX before 0.11 can make kernels in two ways, of which the older one compiles in half the time, and
-# optimizes as well. Later ones have the other way only, which CI runs the tests marked `fast` with.
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-# What the environment says comes last, so it prevails.
-os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+# Dtypes and the compiler's optimization are the defaults, what users run, but where a file or a
+# test says `unoptimized`: it is about mathematics, about reading models, or about one program
+# beside another, and compiling well tells nothing.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        # The older of two ways to make kernels takes half the time to compile, and optimizes as
+        # well. JAX 0.12 has the other way only, in which CI runs the tests marked `fast`; all of
+        # them, .ci/nightly.
+        "--xla_cpu_use_fusion_emitters=false"
+        if version("jaxlib").startswith(("0.8.", "0.9.", "0.10."))
+        else "",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # To compile parts of a program at a time costs a tenth where all cores run tests anyway.
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Whatever is compiled is kept; see `pytest_configure`. Said here, so that processes that tests
 # start keep it, too.
@@ -53,15 +60,17 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", os.environ[folder])
 
 
-@pytest.fixture(autouse=True, scope="module")
 def compiler(request):
-    """Optimizes, unless the file is marked `unoptimized`."""
-    if request.node.get_closest_marker("unoptimized") is None:
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Optimizes, unless the file or the test is marked `unoptimized`."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    marked = request.node.get_closest_marker("unoptimized") is not None
+    jax.config.update("jax_disable_most_optimizations", marked)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+compiler_of_file = pytest.fixture(autouse=True, scope="module")(compiler)
+compiler_of_test = pytest.fixture(autouse=True)(compiler)
 
 
 @pytest.fixture

@@ -116,9 +116,9 @@ class Products:
 # lifts singular values to 1.2; of more, Gram matrices in float32 do not stay in a TPU's memory.
 _FEWEST, _MOST = 32, 4095
 
-# Bytes of a matrix from which a stack is slower than one after the other, and takes more memory. What
-# is made of such a one is rounded before it is used: TPUs' compiler would keep it in float32, in more
-# memory, and round whatever part of it a product needs, over and over.
+# Bytes of a matrix from which a stack is slower than one after the other, and takes more memory.
+# What is made of such a matrix is rounded before it is used: TPUs' compiler would keep it in
+# float32, in more memory, and round whatever part of it a product needs, over and over.
 _LARGE = 2**26
 
 

@@ -33,8 +33,8 @@ def with_shardings(
 
     Raises:
         TypeError: If a leaf of `shardings` is neither of the two.
-        ValueError: At `update`, if a parameter has no sharding, or if there is no mesh: neither one
-            in force nor a `NamedSharding`'s.
+        ValueError: At `update`, if a parameter has no sharding, or one of more axes than it has, or
+            if there is no mesh: neither one in force nor a `NamedSharding`'s.
 
     Example:
         >>> import scion_jax
@@ -66,6 +66,11 @@ def with_shardings(
             raise ValueError(
                 f"shardings says nothing of {prefixes[0]!r}, of shape {leaf.shape}; it has "
                 f"{', '.join(map(repr, by_path))}. A PartitionSpec() says that it is not split"
+            )
+        if len(found[0]) > leaf.ndim:
+            raise ValueError(
+                f"shardings has {found[0]} for {prefixes[0]!r}, of shape {leaf.shape}; give it one "
+                "with as many entries as it has axes, or PartitionSpec() if it is not split"
             )
         return found[0]
 

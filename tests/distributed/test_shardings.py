@@ -115,6 +115,10 @@ def test_refusals():
     message = r"says nothing of 'a', of shape \(16, 16\); it has 'b', 'c'\. A PartitionSpec\(\)"
     with jax.set_mesh(make("8", "Auto")), pytest.raises(ValueError, match=message):
         other.update(params, other.init(params), params)
+    deep = with_shardings(scion(0.1, NORMS), P(None, None, "fsdp"))
+    message = r"\(None, None, 'fsdp'\) for 'a', of shape \(16, 16\); give it one with as many"
+    with jax.set_mesh(make("8", "Auto")), pytest.raises(ValueError, match=message):
+        deep.update(params, deep.init(params), params)
     told = with_shardings(scion(0.1, NORMS), P("fsdp"))
     with pytest.raises(ValueError, match=r"finds no mesh; call the optimizer under jax\.set_mesh"):
         told.update(params, told.init(params), params)
