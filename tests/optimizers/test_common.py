@@ -40,8 +40,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no leaf:UserWarning")
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-4)
 same_types = chex.assert_trees_all_equal_shapes_and_dtypes
 every_name = pytest.mark.parametrize("name", OPTIMIZERS)
-# What Optax's wrappers make of an optimizer is compared with the optimizer, compiled alike.
-wraps = pytest.mark.unoptimized
+# Where types count, or what a wrapper makes of an optimizer beside the optimizer, compiled alike.
+alike = pytest.mark.unoptimized
 
 
 def first_step(optimizer, params, gradients=None):
@@ -127,7 +127,7 @@ def test_compiles_once_and_its_state_can_be_donated(case):
     close(*ends)
 
 
-@wraps
+@alike
 @every_name
 def test_every_number_can_be_injected(name):
     case = OPTIMIZERS[name]
@@ -152,6 +152,7 @@ def test_every_number_can_be_injected(name):
     same_types(jax.eval_shape(lambda: first_step(injected, params)[0]), params)
 
 
+@alike
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @every_optimizer
 def test_dtypes_are_stable(x64, case, dtype):
@@ -196,7 +197,7 @@ def test_mixed_dtypes_and_a_momentum_of_its_own(case):
             assert floats == {jnp.dtype(momentum_dtype)}
 
 
-@wraps
+@alike
 @jax.numpy_dtype_promotion("standard")  # MultiSteps itself divides by an integer
 @every_name
 def test_multi_steps_is_the_mean_gradient(name):
@@ -210,7 +211,7 @@ def test_multi_steps_is_the_mean_gradient(name):
     close(updates, first_step(compiled(name), params, mean)[0])
 
 
-@wraps
+@alike
 @every_optimizer
 def test_masked_and_inside_multi_transform(case):
     """Of the others nothing is seen; whether they are masked or another's."""
@@ -249,7 +250,7 @@ def test_map_params(case):
     assert found == expected * (len(found) // len(expected)) != []
 
 
-@wraps
+@alike
 @every_name
 def test_vmap_over_seeds_and_hyperparameters(name):
     case, trees = OPTIMIZERS[name], [gaussian_tree(seed) for seed in range(3)]
@@ -321,6 +322,7 @@ def test_converges(case):
         np.testing.assert_allclose(found, [[0.5, -0.3], [1.0, 1.0]], atol=2e-2)
 
 
+@alike
 @every_optimizer
 def test_explicit_mesh(case):
     """float16, batch axis first, split on the middle axis: a contraction is sharded."""

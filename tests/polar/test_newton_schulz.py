@@ -79,8 +79,15 @@ def test_large_matrices_one_by_one(monkeypatch):
 
     stacked = both(x)
     assert "while" not in lowered(iterate(PlainProducts(FLOAT32)), x)
+    assert "optimization_barrier" not in lowered(iterate(Products(BFLOAT16)), x)
     monkeypatch.setattr(iteration, "_LARGE", x[0].nbytes)
     assert "while" in lowered(iterate(PlainProducts(FLOAT32)), x)
+    # What is made of one is rounded before it is used: itself, if it is wide, and its Gram matrix.
+    for tall, count in ((False, 2), (True, 1)):
+        text = lowered(iterate(Products(BFLOAT16, tall)), x[:1].mT if tall else x[:1])
+        assert text.count("stablehlo.optimization_barrier") == count
+    batched = jax.vmap(iterate(PlainProducts(FLOAT32)))(x[:, None])
+    np.testing.assert_allclose(batched[::2, 0], stacked[0][::2], atol=1e-5)
     for one, other in zip(jax.jit(both)(x), stacked, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
         assert np.isnan(one[1]).all()

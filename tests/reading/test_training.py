@@ -82,7 +82,7 @@ def test_nnx_learns_digits(make, algorithm):
     def train(model, optimizer, x, y):
         optimizer.update(model, nnx.grad(loss)(model, x, y))
 
-    for step in range(150):
+    for step in range(90):
         key = jax.random.fold_in(jax.random.key(2), step)
         batch = jax.random.randint(key, (128,), held_out, len(images))
         train(model, optimizer, images[batch], classes[batch])
