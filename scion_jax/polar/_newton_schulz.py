@@ -117,8 +117,6 @@ class Products:
 _FEWEST, _MOST = 32, 4095
 
 # Bytes of a matrix from which a stack is slower than one after the other, and takes more memory.
-# What is made of such a matrix is rounded before it is used: TPUs' compiler would keep it in
-# float32, in more memory, and round whatever part of it a product needs, over and over.
 _LARGE = 2**26
 
 
@@ -138,7 +136,7 @@ class _Shifted(NamedTuple):
         """Computes `a I + b X + c X²`."""
         a, b, c = step
         s, m = self
-        factor = jax.lax.optimization_barrier(m.astype(products.dtype)) if large else m
+        factor = _rounded(m, products.dtype, at_once=large)
         square = products.commuting(factor, factor)
         return _Shifted(a + s * (b + c * s), (b + 2 * c * s) * m + c * square)
 
@@ -174,21 +172,21 @@ def newton_schulz(
     info = jnp.finfo(size.dtype)
     power = jax.lax.reduce_precision(jnp.minimum(size, 2.0 ** (info.maxexp - 2)), info.nexp, 0)
     scale = jnp.where(power == 0, 0, 1 / numerics.nonzero(power))  # zero stays zero, for `grad` too
-    x = along_longer_side((grid * scale.astype(grid.dtype)[None, None]).astype(products.dtype))
-    if large and not products.tall:  # tall ones are rounded within their products
-        x = jax.lax.optimization_barrier(x)
+    x = along_longer_side(grid * scale.astype(grid.dtype)[None, None])
+    x = _rounded(x, products.dtype, at_once=large and not products.tall)
     pieces, _, *sides = x.shape
     n, m = sides[::-1] if products.tall else sides
     first, *rest = groups(n, pieces * m, len(steps), products.dtype)
     gram = products.gram(x)
     size = numerics.nonzero(_squared_norm(gram, schatten))
     factor = _factor(_Shifted(0.0, gram / size), steps[:first], products, large)
-    x = (_applied(factor, x, products) / jnp.sqrt(size)[None]).astype(products.dtype)
+    x = _applied(factor, x, products) / jnp.sqrt(size)[None]
+    x = _rounded(x, products.dtype, at_once=not large)
 
     def advance(x: jax.Array, group: Sequence[Any]) -> jax.Array:
         gram = _Shifted(0.0, products.gram(x)).moved(_expected(products.dtype))
         factor = _factor(gram, group, products)
-        return _applied(factor, x, products).astype(products.dtype)
+        return _rounded(_applied(factor, x, products), products.dtype, at_once=not large)
 
     if len(rest) > 1 and set(rest) == {1} and not _rounds(products.dtype):
         # float32 products take TPUs' compiler long, and a loop around them costs nothing.
@@ -199,6 +197,17 @@ def newton_schulz(
         x = advance(x, steps[first : first + length])
         first += length
     return as_grid(x, grid.shape).astype(grid.dtype)
+
+
+def _rounded(x: jax.Array, dtype: jnp.dtype, at_once: bool) -> jax.Array:
+    """Rounds to the dtype of factors, at once or wherever the compiler likes.
+
+    It likes to keep float32 and to round within every product. That saves a pass over memory, or
+    takes more memory and, where a product needs an entry more than once, more time. Which of them
+    was measured (`benchmarks/compiled.py`), for matrices below and above `_LARGE`.
+    """
+    rounded = x.astype(dtype)
+    return jax.lax.optimization_barrier(rounded) if at_once and _rounds(dtype) else rounded
 
 
 def _applied(factor: _Shifted, x: jax.Array, products: Products) -> jax.Array:
