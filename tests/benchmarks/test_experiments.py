@@ -1,7 +1,6 @@
 """The experiments, and all else that trains: that they try, keep, judge and draw what they say."""
 
 import dataclasses
-import functools
 import json
 import math
 
@@ -29,7 +28,6 @@ from benchmarks.experiments.training import Outcome, Setting
 from scion_jax import ExactPolar
 
 pytestmark = pytest.mark.unoptimized
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 TINY = Setting("scion", 2**-8, width=64, layers=1, batch=2, sequence=8, steps=4, evaluate_every=2)
 
@@ -118,14 +116,14 @@ def test_steps_on_a_curve_are_read_off(monkeypatch):
     ("experiment", "flags", "pictures", "printed"),
     [
         (transfer, "--sizes 64 512", "runs", "moves by a factor of 2^+0"),
-        (clipping_digits, "--optimizers scion", "runs_scion", "| clipped_scion | 4 | 2^-5 |"),
-        slow(transfer, "--depth", "depth", "| muon | 16 | 2^-5 | 1.0"),
-        slow(steps_to_loss, "", "runs", "steps to adamw's loss"),
-        slow(batch_size, "", "runs", "| muon | 512 |"),
-        slow(output_layers, "", "runs", "| RowNorm | 512 | 2^-5 |"),
-        slow(precision, "", "runs", "| SVD, float32 | 2^-5 |"),
-        slow(clipping, "", "runs_scion runs_unconstrained_scion",
+        (transfer, "--depth", "depth", "| muon | 16 | 2^-5 | 1.0"),
+        (steps_to_loss, "", "runs", "steps to adamw's loss"),
+        (batch_size, "", "runs", "| muon | 512 |"),
+        (output_layers, "", "runs", "| RowNorm | 512 | 2^-5 |"),
+        (precision, "", "runs", "| SVD, float32 | 2^-5 |"),
+        (clipping, "", "runs_scion runs_unconstrained_scion",
             "| unconstrained_clipped_scion | 8 | 2^-5 |"),
+        (clipping_digits, "--optimizers scion", "runs_scion", "| clipped_scion | 4 | 2^-5 |"),
     ],
 )  # fmt: skip
 def test_an_experiment_prints_a_table_and_draws(

@@ -19,7 +19,9 @@ from scion_jax import (
     Euclidean,
     Sign,
     Spectral,
+    almond,
     clipped_scion,
+    scion,
     scion_light,
 )
 from tests.support.optimizers import (
@@ -344,7 +346,8 @@ def test_explicit_mesh(case):
         whole = jax.device_put(values, PartitionSpec())
         expected = last_updates(whole, jax.jit)
         assert np.abs(expected).max() > 0
-        eagerly = [lambda function: function] * (case.build in (clipped_scion, scion_light))
+        eager = (scion, clipped_scion, scion_light, almond)
+        eagerly = [lambda function: function] * (case.build in eager)
         for transform in (jax.jit, *eagerly):
             updates = last_updates(jax.device_put(values, split), transform)
             np.testing.assert_allclose(updates, expected, atol=2e-3)

@@ -10,16 +10,13 @@ from jax.test_util import check_vjp
 
 from scion_jax import unconstrained_clipped_scion
 from tests.support.norms import gaussian, make
-from tests.support.optimizers import OPTIMIZERS
+from tests.support.optimizers import every_optimizer
 
 pytestmark = pytest.mark.unoptimized
 
 SHAPES = {"Spectral": (3, 4), "BiasRMS": (3,), "ColNorm": (3, 2), "RowNorm": (3, 2)}
 SHAPES |= {"Euclidean": (2,), "Sign": (2, 2)}
 LABELS = {name: name for name in SHAPES}
-# All formulas are in these; what the others leave out has no derivatives of its own.
-CASES = ("scion", "unconstrained_scion with decay", "clipped_scion with short step")
-CASES += ("unconstrained_clipped_scion", "scion_light every 2", "almond")
 
 
 def tree(seed, scale=1.0):
@@ -44,10 +41,9 @@ def after(case, gradients, rate, rho, radius):
     return jax.lax.scan(step, carry, jnp.arange(3.0 * calls))[1][calls - 1 :: 2 * calls]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_are_differences(x64, name):
+@every_optimizer
+def test_gradients_are_differences(x64, case):
     """With respect to gradients, learning rate, ρ and radius; some steps clip and some do not."""
-    case = OPTIMIZERS[name]
 
     @jax.jit  # numbers and their gradients in one program
     def both(arguments, cotangent):
