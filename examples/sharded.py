@@ -77,7 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", settings.fake_devices)
     count, there = settings.devices or jax.device_count(), jax.device_count()
     if not 2 <= count <= there or count % 2 or CLASSES % count:
-        parser.error(f"{count} of {there} devices: needed is an even number that divides {CLASSES}")
+        parser.error(
+            f"{count} of {there} devices: needed is an even number that divides {CLASSES}; a CPU "
+            "acts as so many with --fake-devices 8"
+        )
     axes, kinds, devices = ("data", "fsdp"), (AxisType.Auto,) * 2, jax.devices()[:count]
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
         with jax.set_mesh(jax.make_mesh((1, count), axes, kinds, devices=devices)):
