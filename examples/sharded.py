@@ -70,17 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains on one mesh, and from the middle on again on another."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, help="how many to use (default: all)")
-    parser.add_argument("--fake-devices", type=int, help="have the CPU act as so many")
+    parser.add_argument("--fake-devices", type=int, help="have the CPU act as so many, such as 8")
     settings = parser.parse_args(arguments)
     if settings.fake_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", settings.fake_devices)
     count, there = settings.devices or jax.device_count(), jax.device_count()
     if not 2 <= count <= there or count % 2 or CLASSES % count:
-        parser.error(
-            f"{count} of {there} devices: needed is an even number that divides {CLASSES}; a CPU "
-            "acts as so many with --fake-devices 8"
-        )
+        parser.error(f"{count} of {there} devices: needed is an even number that divides {CLASSES}")
     axes, kinds, devices = ("data", "fsdp"), (AxisType.Auto,) * 2, jax.devices()[:count]
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
         with jax.set_mesh(jax.make_mesh((1, count), axes, kinds, devices=devices)):
