@@ -98,8 +98,9 @@ def _experts(expert: int, fsdp: int, kind: str) -> Case:
     return Case(_EXPERTS, "v5e:2x4", mesh, P("expert", "fsdp", None), kind=kind)
 
 
-def _large(layers: int, width: int, hidden: int) -> Case:
-    return Case(llama(layers, width, hidden, 1024), "v5e:8x8", {"fsdp": 64}, _SCANNED)
+def _large(layers: int, width: int, hidden: int, side: int = 8) -> Case:
+    shapes, mesh = llama(layers, width, hidden, 1024), {"fsdp": side**2}
+    return Case(shapes, f"v5e:{side}x{side}", mesh, _SCANNED)
 
 
 CASES: dict[str, Case] = {
@@ -111,6 +112,7 @@ CASES: dict[str, Case] = {
     "scanned-1024": Case(scanned(24, 1024), **_EIGHT, split=_SCANNED),
     "llama": _large(32, 4096, 14336),
     "llama-12": _large(12, 4096, 14336),
+    "llama-256": _large(32, 4096, 14336, side=16),
     "llama-80": _large(80, 8192, 28672),
     "both": Case(blocks(12, 768), **_BOTH, split=P("fsdp", "tensor")),
     "megatron": Case(

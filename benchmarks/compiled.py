@@ -8,8 +8,8 @@
 
 The dependency group `compiled` installs the TPU's compiler. An update with `optax.apply_updates`,
 donated, is compiled for block trees (see block_trees.py). Cycles are the compiler's own estimate,
-with loops counted by their rounds (see hlo.py); it has none for collectives, so these are listed
-beside.
+for the chip that has most to do, with loops counted by their rounds (see hlo.py); it has none for
+collectives, so these are listed beside.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import runpy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -34,37 +35,35 @@ import optax
 import optax.contrib
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 import scion_jax
 from benchmarks.block_trees import PEER, necessary_flops
+from benchmarks.busiest import on_busiest
 from benchmarks.cases import CASES, Case, blocks
 from benchmarks.hlo import Cost, cost
 from benchmarks.reporting import markdown
 
-Build = Callable[[scion_jax.Spectral], optax.GradientTransformation]
-
-
-def _stacked(params: Any) -> Any:
-    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return jax.tree.map(lambda _: numbers, params)
-
-
-OPTIMIZERS: dict[str, Build] = {
-    PEER: lambda norm: optax.contrib.muon(
-        1e-3, muon_weight_dimension_numbers=_stacked if norm.layout == "bio" else None
-    ),
-    "unconstrained_scion": lambda norm: scion_jax.unconstrained_scion(1e-3, norm),
-    "scion": lambda norm: scion_jax.scion(1e-3, norm),
-    "scion_light": lambda norm: scion_jax.scion_light(1e-3, norm),
-    "almond": lambda norm: scion_jax.almond(1e-3, norm),
-    "unconstrained_clipped_scion": lambda norm: scion_jax.unconstrained_clipped_scion(
-        1e-3, norm, rho=1.0
-    ),
-    "clipped_scion": lambda norm: scion_jax.clipped_scion(1e-3, norm, rho=1.0),
-    "clipped_scion, short step": lambda norm: scion_jax.clipped_scion(
-        1e-3, norm, rho=1.0, short_step=True
-    ),
+OURS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "unconstrained_scion": scion_jax.unconstrained_scion,
+    "scion": scion_jax.scion,
+    "scion_light": scion_jax.scion_light,
+    "almond": scion_jax.almond,
+    "unconstrained_clipped_scion": partial(scion_jax.unconstrained_clipped_scion, rho=1.0),
+    "clipped_scion": partial(scion_jax.clipped_scion, rho=1.0),
+    "clipped_scion, short step": partial(scion_jax.clipped_scion, rho=1.0, short_step=True),
 }
+
+
+def peer(is_stacked: bool, dtype: DTypeLike | None) -> optax.GradientTransformation:
+    """Makes Optax's muon."""
+
+    def stacked(params: Any) -> Any:
+        numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        return jax.tree.map(lambda _: numbers, params)
+
+    numbers = stacked if is_stacked else None
+    return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers, mu_dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ class Compiled:
     seconds: float
 
 
-def load(peer: str) -> Callable[[Any], optax.GradientTransformation]:
+def load(place: str) -> Callable[[Any], optax.GradientTransformation]:
     """Loads somebody's function from `path/to/file.py:function`."""
-    path, name = peer.rsplit(":", 1)
+    path, name = place.rsplit(":", 1)
     return runpy.run_path(path)[name]
 
 
@@ -116,13 +115,19 @@ def make_mesh(
     return Mesh(devices.reshape(shape), names, axis_types=(getattr(AxisType, kind),) * len(names))
 
 
-def compile_step(optimizer: optax.GradientTransformation, case: Case, mesh: Mesh) -> Compiled:
+def compile_step(
+    optimizer: optax.GradientTransformation,
+    case: Case,
+    mesh: Mesh,
+    gradients_dtype: DTypeLike | None = None,
+) -> Compiled:
     """Compiles an update and what follows, with parameters, gradients and state split alike.
 
     Args:
         optimizer: The optimizer.
         case: The parameters, and how they are split.
         mesh: The devices.
+        gradients_dtype: Dtype of the gradients; None means float32, the parameters'.
 
     Returns:
         What the compiler says.
@@ -144,12 +149,16 @@ def compile_step(optimizer: optax.GradientTransformation, case: Case, mesh: Mesh
         state = jax.tree_util.tree_map_with_path(placed, state)
         results = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
-        lowered = jitted.lower(params, state, params)
+        gradients = jax.tree.map(
+            lambda leaf: leaf.update(dtype=gradients_dtype or leaf.dtype), params
+        )
+        lowered = jitted.lower(params, state, gradients)
         start = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    return Compiled(cost(compiled.as_text()), memory.temp_size_in_bytes, seconds)
+    busiest = on_busiest(cost(compiled.as_text()), case, mesh.size)
+    return Compiled(busiest, memory.temp_size_in_bytes, seconds)
 
 
 def table(results: dict[str, Compiled]) -> str:
@@ -189,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--told", action="store_true", help="ours know the shardings: with_shardings")
     add("--peer", action="append", default=[], metavar="FILE:FUNCTION", help="see above")
     add("--dtype", choices=("default", "bfloat16", "float32"), default="default", help="compute")
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS])
+    add("--held", choices=("bfloat16",), help="dtype of averages and gradients (default: float32)")
+    add("--optimizers", nargs="+", choices=[PEER, *OURS], default=[PEER, *OURS])
     options = parser.parse_args(arguments)
     axes = {name: int(size) for name, size in (a.split("=") for a in options.mesh.split(","))}
     spec = PartitionSpec(*(name or None for name in options.split.split(",")))
@@ -203,32 +213,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     norm = scion_jax.Spectral(layout="bio" if case.is_stacked else None, orthogonalizer=method)
     # On an accelerator the default is bfloat16.
     counted = scion_jax.NewtonSchulz(compute_dtype=dtype or jnp.bfloat16)
-    built = {name: OPTIMIZERS[name](norm) for name in options.optimizers}
+    ours = {
+        name: OURS[name](1e-3, norm, momentum_dtype=options.held)
+        for name in options.optimizers
+        if name != PEER
+    }
     if options.told:
-        built = {
-            name: one if name == PEER else scion_jax.with_shardings(one, case.splits)
-            for name, one in built.items()
-        }
-    peers = {peer.rsplit(":", 1)[1]: load(peer)(case.tree) for peer in options.peer}
+        ours = {n: scion_jax.with_shardings(one, case.splits) for n, one in ours.items()}
+    peers = {PEER: peer(case.is_stacked, options.held)} if PEER in options.optimizers else {}
+    peers |= {path.rsplit(":", 1)[1]: load(path)(case.tree) for path in options.peer}
     results, idle = {}, {}
-    for name, optimizer in (built | peers).items():
-        # Optax's muon cannot be traced on Explicit axes.
-        kind = "Auto" if name == PEER or name in peers else case.kind
+    for name, optimizer in (peers | ours).items():
+        kind = "Auto" if name in peers else case.kind  # some cannot be traced on Explicit axes
         mesh = make_mesh(
             case.topology, options.target, [*case.mesh.values()], tuple(case.mesh), kind
         )
-        results[name] = compile_step(optimizer, case, mesh)
-        if name in built and name != PEER and results[name].cost.flops:
+        results[name] = compile_step(optimizer, case, mesh, options.held)
+        # The short step's bounds are work, too.
+        if name in ours and "short step" not in name and results[name].cost.flops:
             work = necessary_flops(case.matrices, counted)
             idle[name] = 1 - work / (results[name].cost.flops * mesh.size)
-    place = case.topology or ("one GPU" if options.target else "one v5e chip")
-    mesh_axes = ",".join(f"{axis}={size}" for axis, size in case.mesh.items())
-    tree = options.case or f"{options.layers} layers"
-    versions = f"JAX {jax.__version__}, Optax {optax.__version__}"
-    print(f"{place}, {mesh_axes}, {case.kind}{', told' * options.told}; {tree}; {versions}")
+    axes_said = ",".join(f"{axis}={size}" for axis, size in case.mesh.items())
+    said = [case.topology or ("one GPU" if options.target else "one v5e chip")]
+    said += [f"{axes_said} {case.kind}{', told' * options.told}"]
+    said += [options.case or f"{options.layers} layers"]
+    said += [f"averages and gradients in {options.held}"] if options.held else []
+    print(*said, f"JAX {jax.__version__}, Optax {optax.__version__}", sep="; ")
     print(table(results), sep="\n\n")
     for name, share in idle.items():
-        print(f"{name}: {share:.0%} of the products are of padding")
+        print(f"{name}: {share:.0%} of the products' time is idle, or spent on zeros")
 
 
 if __name__ == "__main__":

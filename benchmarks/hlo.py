@@ -100,21 +100,26 @@ class Module:
                 is_root = line.startswith("  ROOT ")
                 current[found[1]] = Instruction(found[1], *found.groups()[1:], is_root)
 
-    def executed(self) -> Iterator[tuple[Instruction, int]]:
-        """Yields what the program executes, and how often; fusions as one instruction."""
-        yield from self._executed(self.entry, 1)
+    def executed(self) -> Iterator[tuple[Instruction, int, Instruction | None]]:
+        """Yields what the program executes, how often at most, and on which choice it depends.
 
-    def _executed(self, computation: str, times: int) -> Iterator[tuple[Instruction, int]]:
+        Fusions count as one instruction; of choices (`conditional`) within others the outer one.
+        """
+        yield from self._executed(self.entry, 1, None)
+
+    def _executed(
+        self, computation: str, times: int, choice: Instruction | None
+    ) -> Iterator[tuple[Instruction, int, Instruction | None]]:
         for instruction in self.computations[computation].values():
-            yield instruction, times
+            yield instruction, times, choice
             if instruction.opcode == "while":
                 rounds = times * self.rounds(instruction, computation)
-                yield from self._executed(_named(instruction, "body"), rounds)
+                yield from self._executed(_named(instruction, "body"), rounds, choice)
             elif instruction.opcode == "call":
-                yield from self._executed(_named(instruction, "to_apply"), times)
+                yield from self._executed(_named(instruction, "to_apply"), times, choice)
             elif instruction.opcode == "conditional":
                 for branch in self._branches(instruction):
-                    yield from self._executed(branch, times)
+                    yield from self._executed(branch, times, choice or instruction)
 
     def _branches(self, instruction: Instruction) -> list[str]:
         listed = re.search(r"branch_computations=\{(.*?)\}", instruction.rest)
@@ -224,9 +229,32 @@ def _named(instruction: Instruction, attribute: str) -> str:
     return name
 
 
+@dataclass
+class Choice:
+    """What is executed in the branches of a `conditional`.
+
+    Attributes:
+        dtype: Of the largest array that it chooses by, as in `bf16`.
+        shape: That array's shape.
+        times: How often a branch is executed.
+        phase: How many collectives the program has before it, for which all devices wait.
+        cycles: As the TPU's compiler estimates them, for all times and branches.
+        cycles_in_products: Those of matrix products, with what is fused to them.
+        flops: Floating-point operations of matrix products.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    times: int
+    phase: int
+    cycles: int = 0
+    cycles_in_products: int = 0
+    flops: int = 0
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What a program executes on one device.
+    """What a program executes on one device, if it executes all branches of its choices.
 
     Attributes:
         cycles: As the TPU's compiler estimates them; 0 from other compilers.
@@ -235,6 +263,7 @@ class Cost:
         collectives: How often each kind is executed.
         collective_bytes: Size of their results.
         kernels: Fusions, products, copies and calls.
+        choices: What of this stands in branches.
     """
 
     cycles: int
@@ -243,6 +272,7 @@ class Cost:
     collectives: Counter[str]
     collective_bytes: int
     kernels: int
+    choices: list[Choice]
 
 
 _KERNELS = ("fusion", "dot", "convolution", "copy", "custom-call", "reduce", "sort", "transpose")
@@ -261,8 +291,9 @@ def cost(text: str) -> Cost:
     cycles = in_products = flops = size = kernels = 0
     collectives: Counter[str] = Counter()
     channels: set[str] = set()
+    choices: dict[int, Choice] = {}
     places = {id(i): name for name, body in module.computations.items() for i in body.values()}
-    for instruction, times in module.executed():
+    for instruction, times, choice in module.executed():
         work = 0
         for part, place in ((instruction, places[id(instruction)]), *module.parts(instruction)):
             if part.opcode in ("dot", "convolution"):
@@ -275,8 +306,19 @@ def cost(text: str) -> Cost:
                 channels.update(channel.groups() if channel else ())
                 collectives[part.kind] += times
                 size += times * int(part.bytes)
-        cycles += times * instruction.cycles
-        in_products += times * instruction.cycles if work else 0
-        flops += times * work
+        own = (times * instruction.cycles, times * instruction.cycles * bool(work), times * work)
+        cycles, in_products, flops = cycles + own[0], in_products + own[1], flops + own[2]
+        if instruction.opcode == "conditional" and choice is None:
+            given = module.computations[places[id(instruction)]]
+            types = " ".join(given[name].result for name in instruction.operands)
+            dtype, shape = max(_SHAPE.findall(types), key=lambda found: _entries(found[1]))
+            sizes = tuple(int(size) for size in shape.split(",") if size)
+            choices[id(instruction)] = Choice(dtype, sizes, times, collectives.total())
+        elif choice is not None:
+            found = choices[id(choice)]
+            found.cycles += own[0]
+            found.cycles_in_products += own[1]
+            found.flops += own[2]
         kernels += times if instruction.opcode in _KERNELS else 0
-    return Cost(cycles, in_products, flops, collectives, size, kernels)
+    chosen = list(choices.values())
+    return Cost(cycles, in_products, flops, collectives, size, kernels, chosen)

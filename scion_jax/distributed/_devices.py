@@ -30,9 +30,10 @@ for the default. Which way the information comes in decides how this is written,
   `check_vma=False` and in `pmap` types say nothing: every leaf must then be the same everywhere if
   `shard_over` is given.
 
-Stacks that do not divide are padded with zeros. A stack of one matrix has nothing to be spread: it
-is gathered, and every device iterates it, which takes the time of one matrix either way, and less
-communication. Scan-stacked leaves (layout letter `b`) count with every matrix they hold.
+Stacks that do not divide are padded with zeros, where `_places` says. A stack of one matrix has
+nothing to be spread: it is gathered, and every device iterates it, which takes the time of one
+matrix either way, and less communication. Scan-stacked leaves (layout letter `b`) count with every
+matrix they hold.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from scion_jax import _sharding as sharding
+from scion_jax.distributed._places import placed, places, taken_back
 from scion_jax.distributed._stacks import Stacks
 from scion_jax.distributed._ways import Way, Work, padded, there_and_back
 
@@ -80,6 +82,7 @@ def over_devices(
     shard_over: tuple[str, ...] | None = None,
     origins: Sequence[Hashable] | None = None,
     numbers: bool = False,
+    may_be_skipped: bool = False,
 ) -> list[jax.Array]:
     """Applies a function to every matrix, those of one shape together, each on one device.
 
@@ -91,6 +94,7 @@ def over_devices(
         origins: What each was made of, such as a leaf's shape: on Auto axes, where types do not say
             how it is split, only those of one origin are joined.
         numbers: Whether the function maps each matrix to a number instead, `(1, 1, batch, 1, 1)`.
+        may_be_skipped: Whether devices without a matrix need not call it.
 
     Returns:
         The results, in the order of `matrices` and split as they are; numbers `(batch, 1, 1)` are
@@ -99,13 +103,6 @@ def over_devices(
     Raises:
         ValueError: If a name belongs to no axis, neither a mapped one nor one of the current mesh.
     """
-
-    def compute(grids: Sequence[jax.Array]) -> list[jax.Array]:
-        # Again, since what was split in different ways, or along itself, may now be in one form.
-        kinds = [(x.shape[:2], x.shape[3:], x.dtype, sharding.varying(x)) for x in grids]
-        here = Stacks(grids, kinds, axis=2)
-        return here.split([function(grid) for grid in here.joined])
-
     if not matrices:
         return []
     kinds: list[Hashable] = [_kind(index, stack) for index, stack in enumerate(matrices)]
@@ -118,7 +115,7 @@ def over_devices(
         by_mesh.setdefault(_mesh_of(stack), []).append(index)
     for mesh, members in by_mesh.items():
         some = [stacks.joined[i] for i in members]
-        spread = _spread(Work(compute, numbers), some, shard_over, mesh)
+        spread = _spread(Work(function, numbers, may_be_skipped), some, shard_over, mesh)
         for index, result in zip(members, spread, strict=True):
             results[index] = result
     return stacks.split(results)
@@ -181,16 +178,17 @@ def _over_explicit_axes(
 ) -> list[jax.Array]:
     """Moves matrices by what their types say."""
     ways = [_way(stack, names) for stack in stacks]
-    if not any(any(way) for way in ways):
+    if not any(way.names for way in ways):
         # Each alone: on an Auto mesh they may be split in different ways.
         whole = [[sharding.replicate(stack)] for stack in stacks]
         return [there_and_back(work, one, [Way()])[0] for one in whole]
+    ways = _with_places(work, stacks, ways, [() if way.own else way.names for way in ways], mesh)
     there = []
     for stack, way in zip(stacks, ways, strict=True):
         stack = jax.sharding.reshard(stack, NamedSharding(mesh, way.spec))
-        devices = math.prod(mesh.shape[name] for name in sum(way, ()))
-        there.append(stack if way.own else padded(stack, devices))
+        there.append(stack if way.own else _filled_up(stack, way, mesh))
     results = _on_mesh(work, there, ways, mesh)
+    results = list(map(_taken_back, results, ways))
     return list(map(sharding.replicate, results)) if work.numbers else results
 
 
@@ -224,18 +222,57 @@ def _over_auto_axes(
         own = sharding.names_of(jax.typeof(stack).sharding.spec[0])
         axes = (*(name for name in own if name not in names), *names)
         ways.append(Way(axes if stack.shape[0] > 1 else ()))
+    ways = _with_places(work, stacks, ways, [way.own for way in ways], mesh)
     there = [
-        moved(
-            padded(stack, math.prod(mesh.shape[name] for name in way.own)),
-            [*stages(way), way.spec],
-        )
+        moved(_filled_up(stack, way, mesh), [*stages(way), way.spec])
         for stack, way in zip(stacks, ways, strict=True)
     ]
-    results = _on_mesh(work, there, ways, mesh)
-    return [
+    results = [
         moved(result, [PartitionSpec(None, None, None)] if work.numbers else stages(way)[::-1])
-        for result, way in zip(results, ways, strict=True)
+        for result, way in zip(_on_mesh(work, there, ways, mesh), ways, strict=True)
     ]
+    return list(map(_taken_back, results, ways))
+
+
+def _with_places(
+    work: Work,
+    stacks: list[jax.Array],
+    ways: list[Way],
+    orders: list[tuple[str, ...]],
+    mesh: AbstractMesh,
+) -> list[Way]:
+    """Finds places for stacks that go to the same devices.
+
+    Args:
+        work: What is computed.
+        stacks: The stacks.
+        ways: Their ways.
+        orders: The axes that number the devices that each goes to; empty if it stays.
+        mesh: The devices.
+
+    Returns:
+        The ways, with places.
+    """
+    result = list(ways)
+    for order in dict.fromkeys(order for order in orders if order and work.may_be_skipped):
+        members = [index for index, other in enumerate(orders) if other == order]
+        of_members = places([stacks[index] for index in members], _count(order, mesh))
+        for index, found in zip(members, of_members, strict=True):
+            result[index] = ways[index]._replace(places=found)
+    return result
+
+
+def _filled_up(stack: jax.Array, way: Way, mesh: AbstractMesh) -> jax.Array:
+    devices = _count(way.names, mesh)
+    return placed(stack, way.places, devices) if way.places else padded(stack, devices)
+
+
+def _taken_back(stack: jax.Array, way: Way) -> jax.Array:
+    return taken_back(stack, way.places) if way.places else stack
+
+
+def _count(names: tuple[str, ...], mesh: AbstractMesh) -> int:
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _on_mesh(

@@ -44,15 +44,16 @@ class Stacks:
         """
         results: dict[int, jax.Array] = {}
         for group, stack in zip(self.groups, stacks, strict=True):
-            pieces = _split(stack, [self._sizes[i] for i in group], self._axis)
+            pieces = unstacked(stack, [self._sizes[i] for i in group], self._axis)
             results.update(zip(group, pieces, strict=True))
         return [results[index] for index in range(len(results))]
 
 
-def _split(stack: jax.Array, sizes: Sequence[int], axis: int) -> Sequence[jax.Array]:
+def unstacked(stack: jax.Array, sizes: Sequence[int], axis: int) -> Sequence[jax.Array]:
+    """Cuts pieces of given sizes off a stack, along an axis; what is left is left out."""
     rest = stack.shape[axis] - sum(sizes)
     if rest:
-        return _split(stack, [*sizes, rest], axis)[:-1]
+        return unstacked(stack, [*sizes, rest], axis)[:-1]
     if len(sizes) == 1:
         return [stack]
     return jax.lax.platform_dependent(

@@ -16,18 +16,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from scion_jax import _sharding as sharding
+from scion_jax.distributed._places import Places
+from scion_jax.distributed._stacks import Stacks
 
 
 class Work(NamedTuple):
     """What is computed of every matrix, on one device.
 
     Attributes:
-        compute: Maps stacks in pieces to as many, or to numbers `(1, 1, batch, 1, 1)`.
+        function: Maps a stack in pieces to as much, or to numbers `(1, 1, batch, 1, 1)`.
         numbers: Which of the two.
+        may_be_skipped: Whether devices without a matrix need not call it.
     """
 
-    compute: Callable[[Sequence[jax.Array]], list[jax.Array]]
+    function: Callable[[jax.Array], jax.Array]
     numbers: bool
+    may_be_skipped: bool
 
 
 class Way(NamedTuple):
@@ -38,12 +42,19 @@ class Way(NamedTuple):
         shared: Those along which it is replicated: each device takes its share of the stack.
         rows: Those that split rows: devices send each other pieces of matrices.
         columns: Those that split columns.
+        places: The device of each matrix, if stacks go at the same time (see `_places`).
     """
 
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    places: Places = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All axes, in the order in which they number the devices."""
+        return self.own + self.shared + self.rows + self.columns
 
     @property
     def spec(self) -> PartitionSpec:
@@ -63,12 +74,46 @@ def there_and_back(work: Work, stacks: Sequence[jax.Array], ways: Sequence[Way])
         What belongs to this device of each result. Numbers, `(batch, 1, 1)`, are those of all
         matrices that this device has a part of.
     """
-    there = [_there(stack, way) for stack, way in zip(stacks, ways, strict=True)]
-    back = _numbers if work.numbers else _back
-    return [
-        back(result, way)[: stack.shape[0]]
-        for result, way, stack in zip(work.compute(there), ways, stacks, strict=True)
-    ]
+
+    def run(members: list[int], compute: Callable[..., list[jax.Array]]) -> dict[int, jax.Array]:
+        theirs = [ways[index] for index in members]
+        done = compute(
+            work.function, [_there(stacks[index], ways[index]) for index in members], theirs
+        )
+        back = _numbers if work.numbers else _back
+        return {
+            index: back(result, ways[index])[: stacks[index].shape[0]]
+            for index, result in zip(members, done, strict=True)
+        }
+
+    results = run([index for index, way in enumerate(ways) if not way.places], _together)
+    if members := [index for index, way in enumerate(ways) if way.places]:
+        # After the others: a device that waits for these cannot do another's work meanwhile.
+        stacks, _ = jax.lax.optimization_barrier((stacks, list(results.values())))
+        results |= run(members, _at_the_same_time)
+    return [results[index] for index in range(len(stacks))]
+
+
+def _together(
+    function: Callable[[jax.Array], jax.Array], grids: list[jax.Array], _: list[Way]
+) -> list[jax.Array]:
+    """Applies a function to what is in one form now, however it was split, as one stack."""
+    kinds = [(x.shape[:2], x.shape[3:], x.dtype, sharding.varying(x)) for x in grids]
+    here = Stacks(grids, kinds, axis=2)
+    return here.split(list(map(function, here.joined)))
+
+
+def _at_the_same_time(
+    function: Callable[[jax.Array], jax.Array], grids: list[jax.Array], ways: list[Way]
+) -> list[jax.Array]:
+    """Applies a function where there is a matrix, after all have come and before any goes back."""
+
+    def on_this_device(grid: jax.Array, way: Way) -> jax.Array:
+        is_here = jnp.any(jnp.asarray(way.places) == jax.lax.axis_index(way.names))
+        return jax.lax.cond(is_here, function, lambda zeros: zeros, grid)
+
+    come = jax.lax.optimization_barrier(grids)
+    return jax.lax.optimization_barrier(list(map(on_this_device, come, ways)))
 
 
 def padded(stack: jax.Array, multiple: int) -> jax.Array:

@@ -69,7 +69,13 @@ def lmos(
             matrices = [axes.to_matrices(array) for _, axes, array in some]
             matrices = [m.astype(method.input_dtype(m.dtype)) for m in matrices]
             origins = [block.axes for block in some]
-            polars = over_devices(method.polar_of_pieces, matrices, shard_over, origins)
+            polars = over_devices(
+                method.polar_of_pieces,
+                matrices,
+                shard_over,
+                origins,
+                may_be_skipped=method.may_be_skipped,
+            )
             results = [b.norm.from_polar(p, b.axes) for b, p in zip(some, polars, strict=True)]
         for index, result in zip(members, results, strict=True):
             units[index] = result

@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,14 @@ from scion_jax.polar._pieces import cut, joined
 
 
 class Orthogonalizer(abc.ABC):
-    """What `Spectral` needs: polar factors of a stack of matrices."""
+    """What `Spectral` needs: polar factors of a stack of matrices.
+
+    Attributes:
+        may_be_skipped: Whether devices that have no matrix need not call `polar`. It must then not
+            communicate, close over nothing that is traced, and return what type it is given.
+    """
+
+    may_be_skipped: ClassVar[bool] = False
 
     def input_dtype(self, dtype: DTypeLike) -> jnp.dtype:
         """Chooses what matrices are cast to before they move to their devices and are iterated.
@@ -111,6 +119,7 @@ class NewtonSchulz(Orthogonalizer):
     steps: int | None = None
     compute_dtype: DTypeLike | None = None
     schatten: int | None = None
+    may_be_skipped: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = steps_of(self.coefficients, None)
@@ -172,6 +181,8 @@ class ExactPolar(Orthogonalizer):
         Array([[1., 0.],
                [0., 0.]], dtype=float32)
     """
+
+    may_be_skipped: ClassVar[bool] = True
 
     def polar(self, matrices: jax.Array) -> jax.Array:
         """Decomposes each matrix; see `Orthogonalizer.polar`."""

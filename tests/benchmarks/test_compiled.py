@@ -3,11 +3,15 @@
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import hlo
+from benchmarks.busiest import on_busiest
+from benchmarks.cases import CASES
 
 pytestmark = pytest.mark.fast
 
@@ -45,6 +49,13 @@ ENTRY %main (a: f32[4,8]) -> (s32[], f32[4,8]) {
 """
 
 
+NOTHING = """%no (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  ROOT %p = (s32[], f32[4,8]{1,0}) parameter(0)
+}
+
+"""
+
+
 def test_loops_count_by_their_rounds():
     cost = hlo.cost(LOOP)  # 1, 3, 5: three rounds
     assert cost.cycles == 3 * 10 + 5
@@ -65,6 +76,42 @@ def test_unknown_rounds_are_an_error():
         hlo.cost(LOOP.replace("s32[] constant(6)", "s32[] custom-call()"))
 
 
+def test_the_busiest_chip_passes_over_zeros_in_its_place():
+    """Of 12 Llama layers on 64 chips: gates at 24 of them, down at 12, queries at 24 others."""
+    pieces = [(64, 1, 1, 64, 14336), (64, 1, 1, 224, 4096), (64, 1, 1, 64, 4096)]
+    choices = [
+        hlo.Choice("bf16", shape, 1, 4, cycles, cycles - 1, 10 * cycles)
+        for shape, cycles in zip(pieces, (38, 37, 13), strict=True)
+    ]
+    case = CASES["llama-12"]
+    everything = hlo.Cost(38 + 37 + 13 + 6, 85, 900, Counter(), 0, 0, choices)
+    found = on_busiest(everything, case, 64)
+    assert (found.cycles, found.cycles_in_products, found.flops) == (38 + 6, 85 - 48, 900 - 500)
+    # All wait for a collective before the last one; then the sum counts.
+    waiting = replace(everything, choices=[*choices[:2], replace(choices[2], phase=5)])
+    assert on_busiest(waiting, case, 64).cycles == 38 + 13 + 6
+    # Whose the work is, is not known.
+    twice = replace(everything, choices=[*choices, choices[0]])
+    assert on_busiest(twice, case, 64).cycles == 38 + 37 + 13 + 6 - 13
+    foreign = replace(everything, choices=[replace(choices[0], shape=(4, 8))])
+    assert on_busiest(foreign, case, 64) == foreign
+    assert on_busiest(replace(everything, choices=[]), case, 64).cycles == everything.cycles
+
+
+def test_what_stands_in_branches_is_told_apart():
+    text = LOOP.replace(
+        "ROOT %w = (s32[], f32[4,8]{1,0}) while(%t), condition=%condition, body=%body",
+        "%q = pred[] custom-call(%zero)\n"
+        "  ROOT %w = (s32[], f32[4,8]{1,0}) conditional(%q, %t, %t), true_computation=%body, "
+        "false_computation=%no",
+    ).replace("ENTRY", NOTHING + "ENTRY")
+    cost = hlo.cost(text)
+    (choice,) = cost.choices
+    assert (choice.dtype, choice.shape, choice.times, choice.phase) == ("f32", (4, 8), 1, 0)
+    assert (choice.cycles, choice.cycles_in_products) == (10, 10)
+    assert (cost.cycles, cost.flops, choice.flops) == (15, 512, 512)
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the group 'compiled'")
 def test_figures_for_eight_chips():
     command = [sys.executable, "-m", "benchmarks.compiled", "--topology", "v5e:2x4"]
@@ -73,3 +120,12 @@ def test_figures_for_eight_chips():
     row = next(line for line in done.stdout.splitlines() if line.startswith("| `scion`"))
     assert "| 6 all-to-all |" in row
     assert float(row.split(" | ")[1]) > 0  # Mcycles
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the group 'compiled'")
+def test_chips_without_a_matrix_of_one_stack_work_on_another_at_the_same_time():
+    """4 layers on 8 chips; a collective in between would leave a quarter idle."""
+    command = [sys.executable, "-m", "benchmarks.compiled", "--topology", "v5e:2x4"]
+    command += ["--layers", "4", "--optimizers", "unconstrained_scion"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "unconstrained_scion: 0% of the products' time is idle" in done.stdout
